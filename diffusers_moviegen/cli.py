@@ -1,0 +1,157 @@
+"""The `moviegen` command."""
+
+import argparse
+import math
+import sys
+import time
+
+import diffusers
+import torch
+import transformers
+
+from . import __version__
+from .checkpoints import bundled_checkpoint
+from .media import MAX_FRAME_RATE, MIN_FRAME_RATE, check_output_path, save_video
+from .pipelines import MovieGenPipeline
+
+
+class _Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        # Abbreviations would change their meaning, or become ambiguous, with every new option.
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"moviegen: error: {message}\n")
+
+
+def _seed(text: str) -> int:
+    # The range that `torch.Generator` takes without wrapping around.
+    if not (text.isdecimal() and int(text) < 2**64):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**64 - 1, not {text!r}")
+    return int(text)
+
+
+def _frame_rate(text: str) -> float:
+    try:
+        frame_rate = float(text)
+    except ValueError:
+        frame_rate = math.nan
+    if not MIN_FRAME_RATE <= frame_rate <= MAX_FRAME_RATE:
+        raise argparse.ArgumentTypeError(f"must be a number from {MIN_FRAME_RATE} to {MAX_FRAME_RATE}, not {text!r}")
+    return frame_rate
+
+
+def _text(text: str) -> str:
+    # Bytes that the shell passes and Python cannot decode arrive as surrogates, which no tokenizer takes.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argparse.ArgumentTypeError("is not valid UTF-8")
+    return text
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; say what to show")
+    return _text(text)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    usable = ["cpu"]
+    if accelerator is not None:
+        usable += [accelerator.type] + [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+    if name not in usable:
+        raise ValueError(f"device {name!r} is not available here; use {' or '.join(usable)}")
+    return torch.device(name)
+
+
+def _load_pipeline(pipeline_class, model: str | None, dtype: str | None, device: str | None):
+    device = _device(device)
+    # The bars of the two libraries count files and tensors; the only one shown is that of the denoising.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    path = bundled_checkpoint() if model is None else model
+    return pipeline_class.from_pretrained(path, **options).to(device)
+
+
+def _generate(args: argparse.Namespace):
+    check_output_path(args.output, overwrite=args.force)
+    num_frames = args.num_frames
+    if args.output.lower().endswith(".png"):
+        if num_frames not in (None, 1):
+            raise ValueError(f"a .png holds one frame, not {num_frames}; leave out --num-frames or use .mp4 or .gif")
+        num_frames = 1
+
+    pipeline = _load_pipeline(MovieGenPipeline, args.model, args.dtype, args.device)
+    options = {
+        "negative_prompt": args.negative_prompt,
+        "height": args.height,
+        "width": args.width,
+        "num_frames": num_frames,
+        "frame_rate": args.frame_rate,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance,
+    }
+    start = time.perf_counter()
+    video = pipeline(
+        args.prompt,
+        # Drawn on the CPU, so that a seed gives the same noise on every device.
+        generator=torch.Generator("cpu").manual_seed(args.seed),
+        output_type="np",
+        **{name: value for name, value in options.items() if value is not None},
+    ).frames[0]
+    save_video(video, args.output, args.frame_rate or pipeline.config.default_frame_rate)
+    print(f"prompt: {args.prompt}")
+    print(f"seed: {args.seed}")
+    print(f"seconds: {time.perf_counter() - start:.1f}")
+    print(f"path: {args.output}")
+
+
+def _add_generate(commands):
+    parser = commands.add_parser("generate", help="make a film or a picture from a prompt")
+    parser.set_defaults(run=_generate)
+    parser.add_argument("prompt", type=_prompt, help="what to show")
+    parser.add_argument("-o", "--output", required=True, help=".mp4 or .gif for a film, .png for one frame")
+    parser.add_argument("--model", help="diffusers folder or Hub id (default: the bundled toybox checkpoint)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the starting noise (default: %(default)s)")
+    parser.add_argument("--num-frames", type=int, help="default: as the checkpoint says")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 16 (default: as the checkpoint says)")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 16 (default: as the checkpoint says)")
+    parser.add_argument("--frame-rate", type=_frame_rate, help="frames a second (default: as the checkpoint says)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: as the pipeline says)")
+    parser.add_argument("--guidance", type=float, help="guidance scale, 1 for none (default: as the checkpoint says)")
+    parser.add_argument("--negative-prompt", type=_text, help="what to keep out of the picture")
+    parser.add_argument("--device", help="such as cpu, cuda or cuda:1 (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of all weights (default: float32, text encoders as they are stored)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit status.
+
+    A mistake of the user ends in one line on stderr and status 2, an interruption (Ctrl-C) in status 130.
+    """
+    parser = _Parser(prog="moviegen", description="Films and pictures from text with Movie Gen.")
+    parser.add_argument("--version", action="version", version=f"moviegen {__version__}")
+    _add_generate(parser.add_subparsers(metavar="command", required=True))
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        # Some of the libraries' messages run over several lines.
+        print(f"moviegen: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moviegen: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

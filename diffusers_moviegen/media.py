@@ -1,0 +1,144 @@
+"""Writes generated frames to files: H.264 films, animated GIFs and PNG pictures."""
+
+import os
+import uuid
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 1000
+
+
+def _as_uint8(frame) -> np.ndarray:
+    frame = np.asarray(frame)
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f"a frame must have the shape (height, width, 3), not {frame.shape}")
+    if frame.dtype == np.uint8:
+        return frame
+    low, high = float(frame.min()), float(frame.max())
+    # Written so that NaN, which compares false, is refused as well.
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"frames that are not uint8 must lie in 0 to 1, found {low:.4g} to {high:.4g}")
+    return np.rint(frame * 255.0).astype(np.uint8)
+
+
+def _write_mp4(frames: list[np.ndarray], path: Path, frame_rate: float):
+    import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+
+    height, width = frames[0].shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"an .mp4 needs an even height and width, not {height} x {width}")
+    rate = Fraction(frame_rate).limit_denominator(1001)
+    # Without `faststart` the index lies at the end of the file and a browser must load all of it before it plays. The
+    # default clock of 1/1000 s would round the film's length.
+    options = {"movflags": "+faststart", "movie_timescale": str(1000 * rate.numerator)}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "16"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # A player guesses the matrix of an untagged film from its size, so the colours would depend on the player.
+        stream.codec_context.colorspace = Colorspace.ITU709
+        stream.codec_context.color_primaries = ColorPrimaries.BT709
+        stream.codec_context.color_trc = ColorTrc.BT709
+        stream.codec_context.color_range = ColorRange.MPEG
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP,
+            )
+            picture.pts, picture.time_base = index, 1 / rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def _write_gif(frames: list[np.ndarray], path: Path, frame_rate: float):
+    images = [Image.fromarray(frame) for frame in frames]
+    # GIF counts time in 1/100 s. Rounding the end of each frame, not its length, keeps the film's total length.
+    ends = [round(100 * (index + 1) / frame_rate) for index in range(len(images))]
+    milliseconds = [10 * (end - start) for start, end in zip([0] + ends[:-1], ends, strict=True)]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
+
+
+def check_output_path(path: str | Path, overwrite: bool = False):
+    """Refuse an output path that [`save_video`] could not write, before any work is done for it.
+
+    Args:
+        path (`str` or `Path`): The file to be written.
+        overwrite (`bool`, defaults to `False`): Whether a file of this name may be replaced.
+
+    Raises:
+        ValueError: If the extension is none of .mp4, .gif and .png.
+        OSError: If the folder is missing or cannot be written, or the file exists and `overwrite` is not set.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".mp4", ".gif", ".png"):
+        raise ValueError(f"unknown extension {path.suffix!r} of {path}; use .mp4, .gif or .png")
+    if path.is_dir():
+        raise OSError(f"{path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise OSError(f"{path} exists; choose another name, or have it replaced (--force)")
+    if not path.parent.is_dir():
+        raise OSError(f"there is no folder {path.parent} for {path.name}; create it first")
+    # Permissions alone do not tell (root, read-only and virtual file systems), so a file is made and removed.
+    probe = _temporary_beside(path)
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"cannot write into the folder {path.parent}: {error.strerror}; choose another one") from error
+    probe.unlink()
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".moviegen-{uuid.uuid4().hex}.tmp")
+
+
+def save_video(frames, path: str | Path, frame_rate: float):
+    """Write frames to an .mp4, .gif or .png file, whichever the extension says.
+
+    An .mp4 is H.264 in yuv420p, tagged BT.709, with its index in front, which every browser plays. The file appears
+    under its name when it is complete: a failure or an interruption leaves a file of that name as it was.
+
+    Args:
+        frames (`np.ndarray` or sequence of `PIL.Image.Image`):
+            One clip: RGB of the shape (frames, height, width, 3), uint8 or floating point in 0 to 1, or a list of
+            such frames.
+        path (`str` or `Path`): The file to write; an existing one is replaced.
+        frame_rate (`float`):
+            Frames a second, 1 to 1000. An .mp4 has it exactly, a .gif rounds each frame's end to 1/100 s.
+
+    Raises:
+        ValueError: If the extension is unknown, there are no frames, their shapes differ or values are out of range,
+            a .png gets more than one frame, an .mp4 an odd height or width, or `frame_rate` is out of range.
+        OSError: If the file cannot be written.
+    """
+    check_output_path(path, overwrite=True)
+    path = Path(path)
+    if not MIN_FRAME_RATE <= frame_rate <= MAX_FRAME_RATE:
+        raise ValueError(f"frame_rate must be {MIN_FRAME_RATE} to {MAX_FRAME_RATE} frames a second, not {frame_rate}")
+    frames = [_as_uint8(frame) for frame in frames]
+    if not frames:
+        raise ValueError(f"there are no frames to write to {path}")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise ValueError(f"all frames of a clip must have one size, found {sorted({f.shape[:2] for f in frames})}")
+    extension = path.suffix.lower()
+    if extension == ".png" and len(frames) != 1:
+        raise ValueError(f"a .png holds one frame, not {len(frames)}; use .mp4 or .gif")
+
+    temporary = _temporary_beside(path)
+    try:
+        if extension == ".mp4":
+            _write_mp4(frames, temporary, frame_rate)
+        elif extension == ".gif":
+            _write_gif(frames, temporary, frame_rate)
+        else:
+            Image.fromarray(frames[0]).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

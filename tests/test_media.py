@@ -1,0 +1,178 @@
+import os
+import resource
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_moviegen import media
+from diffusers_moviegen.media import check_output_path, save_video
+
+
+def moving_square(num_frames=16, height=64, width=96):
+    """A smooth coloured ground over which a red square of 16 pixels, on even coordinates, moves to the right."""
+    rows, columns = np.mgrid[:height, :width]
+    ground = np.stack([60 + columns, 40 + rows, 200 - columns], axis=-1).astype(np.uint8)
+    frames = np.repeat(ground[None], num_frames, axis=0)
+    for index, frame in enumerate(frames):
+        frame[24:40, 4 * index : 4 * index + 16] = (220, 40, 40)
+    return frames
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def psnr(first, second):
+    return 10 * np.log10(255**2 / np.mean((first.astype(np.float64) - second) ** 2))
+
+
+@pytest.mark.parametrize("frame_rate, num_frames", [(8, 16), (16, 9), (24, 1), (30, 33), (23.5, 4)])
+def test_mp4_is_what_a_browser_plays(tmp_path, frame_rate, num_frames):
+    frames = moving_square(num_frames)
+    save_video(frames, tmp_path / "film.mp4", frame_rate)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        (stream,) = container.streams
+        decoded = list(container.decode(stream))
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert (stream.height, stream.width) == frames.shape[1:3]
+        assert stream.average_rate == frame_rate
+        assert stream.duration * stream.time_base * frame_rate == num_frames
+        # 1 is BT.709 for matrix, primaries and transfer, and the limited ("MPEG") range.
+        assert {
+            (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) for frame in decoded
+        } == {(1, 1, 1, 1)}
+    assert [frame.time * frame_rate for frame in decoded] == pytest.approx(range(num_frames))
+    content = (tmp_path / "film.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+
+
+def test_mp4_shows_the_frames(tmp_path):
+    frames = moving_square()
+    save_video(frames, tmp_path / "film.mp4", 8)
+    decoded = decode(tmp_path / "film.mp4")
+    assert decoded.shape == frames.shape
+    assert psnr(decoded, frames) > 34
+    # Away from edges nothing but the rounding of 8-bit YUV and the quantiser is lost.
+    for index in range(16):
+        centre = decoded[index, 28:36, 4 * index + 4 : 4 * index + 12].reshape(-1, 3).mean(axis=0)
+        assert np.abs(centre - (220, 40, 40)).max() < 4
+
+
+@pytest.mark.parametrize("frame_rate", [7, 8, 24])
+def test_gif_keeps_frames_and_length(tmp_path, frame_rate):
+    frames = moving_square()
+    save_video(frames, tmp_path / "film.gif", frame_rate)
+    with Image.open(tmp_path / "film.gif") as image:
+        assert image.n_frames == 16
+        assert image.info["loop"] == 0
+        milliseconds, decoded = 0, []
+        for index in range(image.n_frames):
+            image.seek(index)
+            milliseconds += image.info["duration"]
+            decoded.append(np.asarray(image.convert("RGB")))
+    # A GIF's clock ticks every 10 ms.
+    assert abs(milliseconds - 16000 / frame_rate) <= 5
+    assert psnr(np.stack(decoded), frames) > 30
+
+
+def test_png_is_exact(tmp_path):
+    frames = moving_square(1)
+    save_video(frames, tmp_path / "picture.PNG", 8)
+    with Image.open(tmp_path / "picture.PNG") as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image), frames[0])
+
+
+def test_floats_and_pil_images_give_the_same_file(tmp_path):
+    frames = moving_square(3)
+    save_video(frames, tmp_path / "uint8.mp4", 8)
+    save_video(frames.astype(np.float32) / 255, tmp_path / "float.mp4", 8)
+    save_video([Image.fromarray(frame) for frame in frames], tmp_path / "pil.mp4", 8)
+    expected = (tmp_path / "uint8.mp4").read_bytes()
+    assert (tmp_path / "float.mp4").read_bytes() == expected
+    assert (tmp_path / "pil.mp4").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "frames, name, frame_rate, message",
+    [
+        (moving_square(2), "film.avi", 8, "unknown extension '.avi'"),
+        (moving_square(2), "film", 8, "unknown extension ''"),
+        (moving_square(2), "film.png", 8, "one frame, not 2"),
+        (moving_square(2), "film.mp4", 0, "frame_rate must be 1 to 1000 frames a second, not 0"),
+        (moving_square(2)[:, :, :95], "film.mp4", 8, "even height and width, not 64 x 95"),
+        (moving_square(0), "film.mp4", 8, "no frames"),
+        (moving_square(2)[..., :1], "film.mp4", 8, r"not \(64, 96, 1\)"),
+        ([*moving_square(1), *moving_square(1, width=64)], "film.gif", 8, r"\[\(64, 64\), \(64, 96\)\]"),
+        (np.full((2, 16, 16, 3), -0.5), "film.mp4", 8, "0 to 1, found -0.5 to -0.5"),
+        (np.full((2, 16, 16, 3), np.nan), "film.mp4", 8, "0 to 1, found nan to nan"),
+    ],
+)
+def test_refused_frames_leave_the_folder_as_it_was(tmp_path, frames, name, frame_rate, message):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        save_video(frames, tmp_path / name, frame_rate)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_check_output_path(tmp_path):
+    check_output_path(tmp_path / "film.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+    (tmp_path / "film.mp4").write_text("mine")
+    with pytest.raises(OSError, match="film.mp4 exists"):
+        check_output_path(tmp_path / "film.mp4")
+    check_output_path(tmp_path / "film.mp4", overwrite=True)
+    assert (tmp_path / "film.mp4").read_text() == "mine"
+
+    with pytest.raises(OSError, match="no folder .*missing for film.mp4"):
+        check_output_path(tmp_path / "missing" / "film.mp4")
+    with pytest.raises(OSError, match="no folder"):
+        check_output_path(tmp_path / "film.mp4" / "film.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(OSError, match="folder.mp4 is a folder"):
+        check_output_path(tmp_path / "folder.mp4", overwrite=True)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that not even root can write into")
+def test_unwritable_folder_is_refused():
+    with pytest.raises(OSError, match="cannot write into the folder /proc/self"):
+        check_output_path("/proc/self/film.mp4")
+
+
+@pytest.fixture
+def full_disk():
+    """A limit on the size of files stands in for a disk with no more than 2000 bytes left."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, name, full_disk):
+    (tmp_path / name).write_text("mine")
+    frames = np.random.default_rng(0).random((8, 64, 64, 3))
+    with pytest.raises(OSError, match=f"^cannot write {tmp_path / name}: File too large$"):
+        save_video(frames, tmp_path / name, 8)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film.png"])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, name):
+    def interrupt(source, destination):
+        assert os.path.getsize(source) > 0
+        raise KeyboardInterrupt
+
+    (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(media.os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_video(moving_square(1), tmp_path / name, 8)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
