@@ -1,0 +1,4 @@
+from .lora_pipeline import MovieGenLoraLoaderMixin
+
+
+__all__ = ["MovieGenLoraLoaderMixin"]

@@ -1,0 +1,60 @@
+"""The one place that touches the registries of diffusers."""
+
+import diffusers
+from diffusers.hooks._helpers import (
+    AttentionProcessorMetadata,
+    AttentionProcessorRegistry,
+    TransformerBlockMetadata,
+    TransformerBlockRegistry,
+)
+from diffusers.pipelines import pipeline_loading_utils
+
+from .models import AutoencoderKLMovieGen, MovieGenTransformer3DModel
+from .models.transformer_moviegen import MovieGenAttnProcessor, MovieGenTransformerBlock
+from .pipelines import MovieGenPipeline
+from .schedulers import FlowMatchLinearQuadraticScheduler
+
+
+LIBRARY_NAME = "diffusers_moviegen"
+
+# Classes that `diffusers` looks up by name in its own module: the `_class_name` of a pipeline's `model_index.json` and
+# of a model's `config.json`.
+PUBLIC_CLASSES = (
+    AutoencoderKLMovieGen,
+    FlowMatchLinearQuadraticScheduler,
+    MovieGenPipeline,
+    MovieGenTransformer3DModel,
+)
+
+SAVE_AND_LOAD_METHODS = ["save_pretrained", "from_pretrained"]
+
+
+def register_with_diffusers() -> None:
+    """
+    Make `DiffusionPipeline.from_pretrained`, `AutoModel.from_pretrained`, downloads from the Hub and step caches
+    accept the classes of this package. Calling it again changes nothing.
+    """
+    for public_class in PUBLIC_CLASSES:
+        setattr(diffusers, public_class.__name__, public_class)
+
+    # A library listed here is one whose components a `model_index.json` may name. Without the entry they would be
+    # saved under their full module path, and a download would be refused when the repository's files are listed.
+    pipeline_loading_utils.LOADABLE_CLASSES[LIBRARY_NAME] = {
+        "ModelMixin": SAVE_AND_LOAD_METHODS,
+        "SchedulerMixin": SAVE_AND_LOAD_METHODS,
+        "DiffusionPipeline": SAVE_AND_LOAD_METHODS,
+    }
+
+    # Step caches and layer skipping look up how to take the hidden states out of a block's or a processor's arguments
+    # and output.
+    TransformerBlockRegistry.register(
+        MovieGenTransformerBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    )
+    AttentionProcessorRegistry.register(
+        MovieGenAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
+    )
+
+
+def _skip_attention(attn, hidden_states, *args, **kwargs):
+    return hidden_states
