@@ -1,0 +1,268 @@
+"""Trains the temporal autoencoder on Toybox, the paper's way: an image autoencoder first, then inflated, then clips.
+
+    accelerate launch training_examples/train_tae.py --stage image --output_dir runs/tae_image
+    accelerate launch training_examples/train_tae.py --stage video --image_autoencoder runs/tae_image/vae \\
+        --output_dir runs/tae
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from diffusers_moviegen import AutoencoderKLMovieGen
+from diffusers_moviegen.toybox.scenes import Scenes, draw_scenes, draw_two_object_scenes, render, sample_tuples
+from diffusers_moviegen.training import (
+    kl_divergence,
+    multiscale_gradient_loss,
+    outlier_penalty,
+    restore_checkpoint,
+    save_checkpoint,
+    save_sample_sheet,
+)
+
+
+@dataclass
+class Arguments:
+    output_dir: str = field(metadata={"help": "folder of the run; the trained model is written to its vae/"})
+    stage: str = field(default="image", metadata={"help": "image or video", "choices": ["image", "video"]})
+    image_autoencoder: str | None = field(default=None, metadata={"help": "AutoencoderKL folder to inflate (video)"})
+    autoencoder: str | None = field(default=None, metadata={"help": "folder of a model of this stage to start from"})
+    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
+    layers_per_block: int = 1
+    norm_num_groups: int = 8
+    height: int = 64
+    width: int = 64
+    num_frames: int = 16
+    frame_rate: float = 8
+    image_batch_size: int = 32
+    video_batch_size: int = 4
+    videos_per_image_batch: int = field(default=3, metadata={"help": "video batches after every image batch (video)"})
+    max_train_steps: int = 1500
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 50
+    max_grad_norm: float = 1.0
+    l1_weight: float = 1.0
+    mse_weight: float = 4.0
+    gradient_loss_weight: float = 1.0
+    kl_weight: float = 1e-4
+    outlier_weight: float = 0.0
+    ema_decay: float = 0.995
+    mixed_precision: str = "no"
+    seed: int = 0
+    validation_steps: int = 250
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int = 2
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
+
+
+@torch.no_grad()
+def initialize_near_linear(model: AutoencoderKL) -> None:
+    """Starts a fresh image model as a variance-keeping linear map with a narrow posterior.
+
+    Residual branches begin at zero, the other convolutions keep the scale of their input, and the noise of the
+    posterior begins below the signal. From PyTorch's default initialisation the same model needs several times as many
+    steps before it draws anything in front of a background.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            continue
+        if name.endswith((".conv2", ".to_out.0")):
+            torch.nn.init.zeros_(module.weight)
+        elif isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+        torch.nn.init.zeros_(module.bias)
+    latent_channels = model.config.latent_channels
+    model.quant_conv.weight[latent_channels:] *= 0.1
+    model.quant_conv.bias[latent_channels:] = -4
+
+
+class Reconstruction(torch.nn.Module):
+    """Encoding and decoding as one forward pass, so that the training engine's hooks see it."""
+
+    def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLMovieGen):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, video: torch.Tensor, sample_posterior: bool = True):
+        if isinstance(self.autoencoder, AutoencoderKL):
+            posterior = self.autoencoder.encode(video[:, :, 0]).latent_dist
+            latents = posterior.sample() if sample_posterior else posterior.mode()
+            return self.autoencoder.decode(latents).sample[:, :, None], posterior, latents[:, :, None]
+        posterior = self.autoencoder.encode(video).latent_dist
+        latents = posterior.sample() if sample_posterior else posterior.mode()
+        return self.autoencoder.decode(latents, num_frames=video.shape[2]).sample, posterior, latents
+
+
+def draw_batch(args: Arguments, count: int, seed: int, held_out: bool = False) -> Scenes:
+    """Scenes that `seed` alone decides; one batch in four of the training split has two objects."""
+    generator = torch.Generator().manual_seed(seed)
+    if not held_out and torch.rand((), generator=generator) < 0.25:
+        return draw_two_object_scenes(count, generator, args.height, args.width)
+    return draw_scenes(sample_tuples(count, generator, held_out=held_out), generator)
+
+
+def draw_pixels(args: Arguments, images: bool, seed: int, device: torch.device, held_out: bool = False):
+    """A batch of pictures `(batch, 3, 1, height, width)` or clips `(batch, 3, frames, height, width)` in [-1, 1]."""
+    if images:
+        # Two frames of half as many scenes, the second anywhere in the motion.
+        scenes = draw_batch(args, args.image_batch_size // 2, seed, held_out)
+        moment = 2 * torch.rand((), generator=torch.Generator().manual_seed(seed)).item() + 1e-3
+        video = render(scenes, 2, 1 / moment, args.height, args.width, device)
+        video = video.transpose(1, 2).flatten(0, 1)[:, :, None]
+    else:
+        scenes = draw_batch(args, args.video_batch_size, seed, held_out)
+        video = render(scenes, args.num_frames, args.frame_rate, args.height, args.width, device)
+    return video.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def validate(args: Arguments, model: Reconstruction, accelerator: Accelerator, sheet: Path) -> dict[str, float]:
+    """PSNR in dB on held-out scenes, posterior means decoded; writes a sheet of originals above reconstructions."""
+    figures = {}
+    for kind, images in {"images": True, "clips": False}.items():
+        if not images and args.stage == "image":
+            continue
+        ratios, rows = [], []
+        for batch in range(8):
+            video = draw_pixels(args, images, 1_000_000_000 + batch, accelerator.device, held_out=True)
+            with accelerator.autocast():
+                reconstruction = model(video, sample_posterior=False)[0]
+            levels, expected = (
+                (value.float().clamp(-1, 1).add(1).mul(127.5).round()) for value in (reconstruction, video)
+            )
+            ratios += [
+                peak_signal_noise_ratio(a, b, data_range=255.0).item() for a, b in zip(levels, expected, strict=True)
+            ]
+            if images:
+                video, reconstruction = (value[:8].permute(2, 1, 0, 3, 4) for value in (video, reconstruction))
+            rows += [video[0], reconstruction[0].float()]
+        figures[f"psnr_{kind}"] = sum(ratios) / len(ratios)
+        if accelerator.is_main_process:
+            save_sample_sheet(torch.stack(rows), sheet.with_name(f"{sheet.name}_{kind}.png"))
+    return figures
+
+
+@torch.no_grad()
+def measure_latents(args: Arguments, model: AutoencoderKLMovieGen, accelerator: Accelerator) -> None:
+    """Writes mean and standard deviation of each latent channel, over clips and pictures alike, to the config."""
+    latents = []
+    for batch in range(48):
+        video = draw_pixels(args, batch % 3 == 0, 2_000_000_000 + batch, accelerator.device)
+        sample = model.encode(video).latent_dist.sample(torch.Generator(accelerator.device).manual_seed(batch))
+        latents.append(sample.transpose(0, 1).flatten(1))
+    std, mean = torch.std_mean(torch.cat(latents, dim=1).float(), dim=1)
+    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+
+
+def main(args: Arguments) -> None:
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    set_seed(args.seed, device_specific=True)
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
+
+    # 1. Model
+    config = {
+        "block_out_channels": tuple(args.block_out_channels),
+        "layers_per_block": args.layers_per_block,
+        "norm_num_groups": args.norm_num_groups,
+        "latent_channels": 16,
+    }
+    if args.stage == "image":
+        levels = len(args.block_out_channels)
+        config["down_block_types"] = ("DownEncoderBlock2D",) * levels
+        config["up_block_types"] = ("UpDecoderBlock2D",) * levels
+        model_class = AutoencoderKL
+    else:
+        model_class = AutoencoderKLMovieGen
+    if args.autoencoder is not None:
+        model = model_class.from_pretrained(args.autoencoder)
+    elif args.stage == "video" and args.image_autoencoder is not None:
+        model = AutoencoderKLMovieGen.from_autoencoder_kl(AutoencoderKL.from_pretrained(args.image_autoencoder))
+    else:
+        model = model_class(**config)
+        if args.stage == "image":
+            initialize_near_linear(model)
+    model.train()
+
+    # 2. Optimisation
+    ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    lr_scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    reconstruct, optimizer = accelerator.prepare(Reconstruction(model), optimizer)
+    accelerator.register_for_checkpointing(lr_scheduler, ema)
+    first_step = restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+
+    # 3. Steps
+    progress = tqdm(
+        range(first_step, args.max_train_steps),
+        initial=first_step,
+        total=args.max_train_steps,
+        disable=not accelerator.is_main_process,
+        mininterval=10,
+    )
+    start = time.perf_counter()
+    for step in progress:
+        images = args.stage == "image" or step % (1 + args.videos_per_image_batch) == 0
+        # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
+        seed = (args.seed * args.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
+        video = draw_pixels(args, images, seed, accelerator.device)
+        with accelerator.autocast():
+            reconstruction, posterior, latents = reconstruct(video)
+        reconstruction = reconstruction.float()
+        losses = {
+            "l1": args.l1_weight * F.l1_loss(reconstruction, video),
+            "mse": args.mse_weight * F.mse_loss(reconstruction, video),
+            "gradient": args.gradient_loss_weight * multiscale_gradient_loss(reconstruction, video),
+            "kl": args.kl_weight * kl_divergence(posterior),
+        }
+        if args.outlier_weight:
+            losses["outlier"] = args.outlier_weight * outlier_penalty(latents.float())
+        accelerator.backward(sum(losses.values()))
+        accelerator.clip_grad_norm_(reconstruct.parameters(), args.max_grad_norm)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.step(model.parameters())
+
+        done = step + 1
+        if done % 10 == 0:
+            values = {name: f"{value.item():.4f}" for name, value in losses.items()}
+            progress.set_postfix(values, s_step=f"{(time.perf_counter() - start) / (done - first_step):.2f}")
+        if done % args.validation_steps == 0 or done == args.max_train_steps:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            figures = validate(args, reconstruct, accelerator, output_dir / "samples" / f"step_{done:06d}")
+            ema.restore(model.parameters())
+            accelerator.print(json.dumps({"step": done, **figures}))
+        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
+            save_checkpoint(accelerator, output_dir, done, args.checkpoints_total_limit)
+
+    # 4. The averaged weights are the result
+    ema.copy_to(model.parameters())
+    model.eval()
+    if accelerator.is_main_process:
+        if args.stage == "video":
+            measure_latents(args, model, accelerator)
+        model.save_pretrained(output_dir / "vae")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
