@@ -13,6 +13,7 @@ from diffusers_moviegen.models.autoencoder_kl_moviegen import (
     MovieGenTemporalConv1d,
     MovieGenVaeAttention,
     MovieGenVaeNorm,
+    MovieGenVaeResnetBlock,
     MovieGenVaeUpsample,
     TileAxis,
     run_in_tiles,
@@ -321,7 +322,7 @@ def test_norm_uses_statistics_of_one_frame(dtype):
     expected = expected + norm.bias.double().numpy()[:, None, None]
     output = norm(x)
     assert output.dtype == dtype
-    np.testing.assert_allclose(output.double().numpy(), expected, atol=4 * torch.finfo(dtype).eps * 4)
+    np.testing.assert_allclose(output.double().numpy(), expected, atol=16 * torch.finfo(dtype).eps)
 
 
 @torch.no_grad()
@@ -347,7 +348,8 @@ def test_is_not_causal(model):
 
 @torch.no_grad()
 def test_attention_over_frames_reaches_the_whole_clip(model):
-    latents = random_latents(1, 12)
+    # Long enough for the first frame to be out of reach of the convolutions.
+    latents = random_latents(1, 40)
     other = latents.clone()
     other[:, :, -1] = 0
     difference = (model.decode(other).sample - model.decode(latents).sample)[:, :, 0].abs().max()
@@ -398,7 +400,7 @@ def test_encoder_tiles_do_not_overlap(model):
 
 
 def blend_reference(tiles: list[np.ndarray], starts: list[int], axis: int) -> np.ndarray:
-    """Overlap by overlap: the newer tile's weight climbs linearly, in equal steps, from 0 just before to 1 just after."""
+    """In an overlap the newer tile's weight climbs in equal steps from 0 just before it to 1 just after it."""
     result = np.moveaxis(tiles[0], axis, 0)
     for tile, start in zip(tiles[1:], starts[1:], strict=True):
         tile = np.moveaxis(tile, axis, 0)
@@ -474,31 +476,38 @@ def test_tiles_of_the_identity_join_to_the_input(dtype):
     torch.testing.assert_close(run_in_tiles(lambda part: part, x, axes), x)
 
 
-def moving_bar(num_frames: int, size: int = 16) -> torch.Tensor:
-    """A soft bright bar that crosses the picture at constant speed, again and again."""
-    position = torch.arange(num_frames).view(-1, 1, 1) * 0.37
-    column = torch.arange(size).view(1, 1, -1)
-    frames = torch.cos(2 * math.pi * (column - position) / size).expand(-1, size, -1)
-    return frames.expand(1, 3, -1, -1, -1)
-
-
-def check_no_jump_at(video: torch.Tensor, borders: set[int]):
-    jumps = video.diff(dim=2).square().mean(dim=(0, 1, 3, 4)).sqrt()
-    at_borders = [jump for frame, jump in enumerate(jumps.tolist(), start=1) if frame in borders]
-    elsewhere = [jump for frame, jump in enumerate(jumps.tolist(), start=1) if frame not in borders]
+def jumps_at_and_off(video: torch.Tensor, borders: range) -> tuple[float, float]:
+    """The largest change from one frame to the next, into the frames `borders` and into all others."""
+    jumps = video.diff(dim=2).square().mean(dim=(0, 1, 3, 4)).sqrt().tolist()
+    at_borders = [jump for frame, jump in enumerate(jumps, start=1) if frame in borders]
     assert len(at_borders) == len(borders)
-    assert max(at_borders) <= max(elsewhere)
+    return max(at_borders), max(jump for frame, jump in enumerate(jumps, start=1) if frame not in borders)
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [0.02, 0.05])
 @torch.no_grad()
-def test_no_jump_at_tile_borders(seed):
-    torch.manual_seed(seed)
-    model = perturb(AutoencoderKLMovieGen(**TINY), seed=seed)
+def test_no_jump_at_tile_borders(seed, scale):
+    model = AutoencoderKLMovieGen.from_autoencoder_kl(tiny_image_model())
+    for index, module in enumerate(model.modules()):
+        if isinstance(module, MovieGenTemporalConv1d):
+            perturb(module, scale=scale, seed=100 * seed + index)
+
+    # What tiling adds changes no faster at the borders than within the ramps. Without an overlap it does.
+    latents = random_latents(1, 13, seed=seed)
+    expected = model.decode(latents).sample
     model.enable_tiling()
-    # A ramp begins and another ends where each tile but the first and the last starts.
-    check_no_jump_at(model.decode(random_latents(1, 13, seed=seed)).sample, set(range(16, 96, 16)))
-    check_no_jump_at(model(moving_bar(104)).sample, set(range(16, 104, 16)))
+    at_borders, elsewhere = jumps_at_and_off(model.decode(latents).sample - expected, range(16, 104, 16))
+    assert 0 < at_borders < elsewhere
+    model.enable_tiling(tile_sample_stride_num_frames=32)
+    at_borders, elsewhere = jumps_at_and_off(model.decode(latents).sample - expected, range(32, 104, 32))
+    assert at_borders > elsewhere
+
+    # A video that changes at frames 8, 24, 40, ... alone gets no larger change at 16, 32, 48, ...
+    model.enable_tiling(tile_sample_stride_num_frames=16)
+    video = random_video(1, 8, seed=seed).repeat_interleave(16, dim=2)[:, :, 8:]
+    at_borders, elsewhere = jumps_at_and_off(model(video).sample, range(16, 120, 16))
+    assert at_borders < elsewhere
 
 
 @torch.no_grad()
@@ -506,12 +515,19 @@ def test_spatial_tiling_is_close(model):
     # A texture with the period of the stride: all tiles see the same, but for what lies beyond their edges.
     latents = random_latents(1, 1, 4, 4).repeat(1, 1, 1, 4, 4)
     expected = model.decode(latents, num_frames=1).sample
-    model.enable_tiling(
-        tile_sample_min_height=64, tile_sample_min_width=64, tile_sample_stride_height=32, tile_sample_stride_width=32
-    )
-    sample = model.decode(latents, num_frames=1).sample
-    assert not torch.equal(sample, expected)
-    assert (sample - expected).square().mean().sqrt() < 0.1 * expected.std()
+
+    def relative_error(tile, stride):
+        model.enable_tiling(
+            tile_sample_min_height=tile,
+            tile_sample_min_width=tile,
+            tile_sample_stride_height=stride,
+            tile_sample_stride_width=stride,
+        )
+        sample = model.decode(latents, num_frames=1).sample
+        return (sample - expected).square().mean().sqrt() / expected.std()
+
+    assert 0 < relative_error(96, 32) < 0.3
+    assert relative_error(64, 64) > 0.6
 
 
 class PeakMemory:
@@ -533,7 +549,12 @@ class PeakMemory:
 @torch.no_grad()
 def test_memory_does_not_grow_with_length(model, use_slicing):
     model.enable_tiling(
-        tile_sample_min_height=32, tile_sample_min_width=32, tile_sample_stride_height=16, tile_sample_stride_width=16
+        tile_sample_min_height=16,
+        tile_sample_min_width=16,
+        tile_sample_min_num_frames=16,
+        tile_sample_stride_height=8,
+        tile_sample_stride_width=8,
+        tile_sample_stride_num_frames=8,
     )
     if use_slicing:
         model.enable_slicing()
@@ -550,12 +571,12 @@ def test_memory_does_not_grow_with_length(model, use_slicing):
     def decode(latents):
         return model._decode(latents, latents.shape[2] * 8 - 3).contiguous()
 
-    encoded = [beyond_output(encode, random_video(batch_size, n, 32, 48)) for n in (64, 256)]
-    decoded = [beyond_output(decode, random_latents(batch_size, n, 4, 6)) for n in (8, 32)]
+    encoded = [beyond_output(encode, random_video(batch_size, n, 16, 24)) for n in (32, 64)]
+    decoded = [beyond_output(decode, random_latents(batch_size, n, 2, 3)) for n in (4, 8)]
     # The measure does see a list of tiles: without tiling memory grows with length.
     model.disable_tiling()
     model.disable_slicing()
-    assert beyond_output(encode, random_video(batch_size, 64, 32, 48)) > 1.5 * encoded[0]
+    assert beyond_output(encode, random_video(batch_size, 32, 16, 24)) > 1.5 * encoded[0]
     assert encoded[0] == pytest.approx(encoded[1], rel=0.02)
     assert decoded[0] == pytest.approx(decoded[1], rel=0.02)
 
@@ -609,13 +630,13 @@ def test_gradient_checkpointing(model):
     model.train()
     calls = []
     for block in (*model.encoder.down_blocks, *model.decoder.up_blocks):
-        block.register_forward_hook(lambda *args: calls.append(1))
+        block.register_forward_pre_hook(lambda *args: calls.append(1))
 
     def gradients():
         model.zero_grad()
         calls.clear()
         model(random_video(1, 9)).sample.square().mean().backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if name != "unused"}
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     expected = gradients()
     assert len(calls) == 8
@@ -679,16 +700,20 @@ def test_group_offloading(model, offload_type):
 
 
 def test_no_split_modules(model):
-    names = set(model._no_split_modules)
-    indivisible = {name for name, module in model.named_modules() if type(module).__name__ in names}
-    assert {type(model.get_submodule(name)).__name__ for name in indivisible} == names
-    budget = sum(parameter.nbytes for parameter in model.parameters()) // 4
-    device_map = infer_auto_device_map(
-        model, max_memory={0: budget, 1: budget, "cpu": "1GB"}, no_split_module_classes=model._no_split_modules
-    )
-    assert len(set(device_map.values())) > 1
-    for placed in device_map:
-        assert not any(placed.startswith(f"{name}.") for name in indivisible)
+    # Those that add their input to their output, which must then be on one device, and the one that enters a child's
+    # children by itself.
+    whole = (MovieGenVaeResnetBlock, MovieGenVaeAttention, MovieGenVaeUpsample)
+    indivisible = [name for name, module in model.named_modules() if isinstance(module, whole)]
+    placements = set()
+    for share in (3, 4, 5, 6):
+        budget = sum(parameter.nbytes for parameter in model.parameters()) // share
+        device_map = infer_auto_device_map(
+            model, max_memory={0: budget, 1: budget, "cpu": "1GB"}, no_split_module_classes=model._no_split_modules
+        )
+        placements.add(len(set(device_map.values())))
+        for placed in device_map:
+            assert not any(placed.startswith(f"{name}.") for name in indivisible)
+    assert max(placements) > 1
 
 
 @torch.no_grad()
