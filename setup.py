@@ -31,7 +31,7 @@ setup(
     # Lower bounds; constraints.txt has the versions the package is tested with.
     install_requires=[
         "accelerate>=1.10",
-        "av>=15.0",
+        "av>=18.0",
         "datasets>=4.0",
         "diffusers>=0.42.1",
         "huggingface_hub>=1.32",

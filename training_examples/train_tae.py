@@ -7,7 +7,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +23,10 @@ from transformers import HfArgumentParser
 
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.scenes import Scenes, draw_scenes, draw_two_object_scenes, render, sample_tuples
+from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, core_tuples
 from diffusers_moviegen.training import (
+    check_model_folder,
+    check_positive,
     kl_divergence,
     multiscale_gradient_loss,
     outlier_penalty,
@@ -36,7 +39,10 @@ from diffusers_moviegen.training import (
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "folder of the run; the trained model is written to its vae/"})
-    stage: str = field(default="image", metadata={"help": "image or video", "choices": ["image", "video"]})
+    stage: str = field(
+        default="image",
+        metadata={"help": "decoder goes on with the encoder frozen", "choices": ["image", "video", "decoder"]},
+    )
     image_autoencoder: str | None = field(default=None, metadata={"help": "AutoencoderKL folder to inflate (video)"})
     autoencoder: str | None = field(default=None, metadata={"help": "folder of a model of this stage to start from"})
     block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
@@ -55,7 +61,9 @@ class Arguments:
     max_grad_norm: float = 1.0
     l1_weight: float = 1.0
     mse_weight: float = 4.0
+    chroma_weight: float = field(default=8.0, metadata={"help": "of the squared error of what is not luminance"})
     gradient_loss_weight: float = 1.0
+    colour_weight: float = field(default=1.0, metadata={"help": "of the first three latent channels being the colour"})
     kl_weight: float = 1e-4
     outlier_weight: float = 0.0
     ema_decay: float = 0.995
@@ -65,6 +73,31 @@ class Arguments:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
+
+    def __post_init__(self):
+        check_positive(
+            self,
+            (
+                "num_frames",
+                "image_batch_size",
+                "video_batch_size",
+                "videos_per_image_batch",
+                "max_train_steps",
+                "validation_steps",
+                "checkpointing_steps",
+                "checkpoints_total_limit",
+            ),
+        )
+        if self.image_batch_size % 2:
+            raise ValueError(
+                f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
+            )
+        if self.stage == "decoder" and self.autoencoder is None:
+            raise ValueError("--stage decoder goes on from --autoencoder, the vae/ that --stage video wrote.")
+        if self.image_autoencoder is not None and self.stage != "video":
+            raise ValueError("--image_autoencoder is for --stage video; go on with --autoencoder.")
+        if self.image_autoencoder is not None and self.autoencoder is not None:
+            raise ValueError("--image_autoencoder and --autoencoder are both given; start from one of them.")
 
 
 @torch.no_grad()
@@ -105,25 +138,70 @@ class Reconstruction(torch.nn.Module):
         return self.autoencoder.decode(latents, num_frames=video.shape[2]).sample, posterior, latents
 
 
-def draw_batch(args: Arguments, count: int, seed: int, held_out: bool = False) -> Scenes:
-    """Scenes that `seed` alone decides; one batch in four of the training split has two objects."""
-    generator = torch.Generator().manual_seed(seed)
-    if not held_out and torch.rand((), generator=generator) < 0.25:
+def draw_crowd(count: int, generator: torch.Generator, num_objects: int = 4) -> Scenes:
+    """Training scenes of several objects anywhere, overlapping too, so that most of the picture has to be coded."""
+    by_background = {
+        name: [words for words in core_tuples(held_out=False) if words[3] == name] for name in BACKGROUNDS
+    }
+    backgrounds = [words[3] for words in sample_tuples(count, generator)]
+    layers = []
+    for _ in range(num_objects):
+        choices = [by_background[name] for name in backgrounds]
+        picks = torch.rand(count, generator=generator).tolist()
+        layers.append(
+            draw_scenes([words[int(pick * len(words))] for words, pick in zip(choices, picks, strict=True)], generator)
+        )
+    crowd = {
+        part.name: torch.cat([getattr(layer, part.name) for layer in layers], dim=1)
+        for part in fields(Scenes)
+        if part.name != "background"
+    }
+    crowd["x"], crowd["y"] = (torch.rand(count, num_objects, generator=generator) for _ in range(2))
+    return Scenes(**crowd, background=layers[0].background)
+
+
+def draw_varied_scenes(args: Arguments, count: int, generator: torch.Generator) -> Scenes:
+    """Training scenes: core ones, two objects or crowds."""
+    kind = torch.rand((), generator=generator)
+    if kind < 0.4:
+        return draw_scenes(sample_tuples(count, generator), generator)
+    if kind < 0.6:
         return draw_two_object_scenes(count, generator, args.height, args.width)
-    return draw_scenes(sample_tuples(count, generator, held_out=held_out), generator)
+    return draw_crowd(count, generator)
 
 
-def draw_pixels(args: Arguments, images: bool, seed: int, device: torch.device, held_out: bool = False):
-    """A batch of pictures `(batch, 3, 1, height, width)` or clips `(batch, 3, frames, height, width)` in [-1, 1]."""
+def vary_colours(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Half of the clips with their colour channels swapped, a quarter inverted: no hue of the world is favoured."""
+    clips = []
+    for clip in video:
+        if torch.rand((), generator=generator) < 0.5:
+            clip = clip[torch.randperm(3, generator=generator).to(clip.device)]
+        clips.append(255 - clip if torch.rand((), generator=generator) < 0.25 else clip)
+    return torch.stack(clips)
+
+
+def draw_pixels(
+    args: Arguments, images: bool, seed: int, device: torch.device, vary: bool = False, held_out: bool = False
+) -> torch.Tensor:
+    """A batch of pictures `(batch, 3, 1, height, width)` or clips `(batch, 3, frames, height, width)` in [-1, 1].
+
+    With `vary` there are several objects in any colours, else the core scenes of one split.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # A picture batch is two frames of half as many scenes, the second anywhere in the motion.
+    count = args.image_batch_size // 2 if images else args.video_batch_size
+    if vary:
+        scenes = draw_varied_scenes(args, count, generator)
+    else:
+        scenes = draw_scenes(sample_tuples(count, generator, held_out=held_out), generator)
     if images:
-        # Two frames of half as many scenes, the second anywhere in the motion.
-        scenes = draw_batch(args, args.image_batch_size // 2, seed, held_out)
-        moment = 2 * torch.rand((), generator=torch.Generator().manual_seed(seed)).item() + 1e-3
+        moment = 2 * torch.rand((), generator=generator).item() + 1e-3
         video = render(scenes, 2, 1 / moment, args.height, args.width, device)
         video = video.transpose(1, 2).flatten(0, 1)[:, :, None]
     else:
-        scenes = draw_batch(args, args.video_batch_size, seed, held_out)
         video = render(scenes, args.num_frames, args.frame_rate, args.height, args.width, device)
+    if vary:
+        video = vary_colours(video, generator)
     return video.float() / 127.5 - 1
 
 
@@ -149,8 +227,7 @@ def validate(args: Arguments, model: Reconstruction, accelerator: Accelerator, s
                 video, reconstruction = (value[:8].permute(2, 1, 0, 3, 4) for value in (video, reconstruction))
             rows += [video[0], reconstruction[0].float()]
         figures[f"psnr_{kind}"] = sum(ratios) / len(ratios)
-        if accelerator.is_main_process:
-            save_sample_sheet(torch.stack(rows), sheet.with_name(f"{sheet.name}_{kind}.png"))
+        save_sample_sheet(torch.stack(rows), sheet.with_name(f"{sheet.name}_{kind}.png"))
     return figures
 
 
@@ -189,25 +266,36 @@ def main(args: Arguments) -> None:
     else:
         model_class = AutoencoderKLMovieGen
     if args.autoencoder is not None:
+        check_model_folder("autoencoder", args.autoencoder, model_class)
         model = model_class.from_pretrained(args.autoencoder)
-    elif args.stage == "video" and args.image_autoencoder is not None:
+    elif args.image_autoencoder is not None:
+        check_model_folder("image_autoencoder", args.image_autoencoder, AutoencoderKL)
         model = AutoencoderKLMovieGen.from_autoencoder_kl(AutoencoderKL.from_pretrained(args.image_autoencoder))
     else:
         model = model_class(**config)
         if args.stage == "image":
             initialize_near_linear(model)
+    multiple = 2 ** (len(model.config.block_out_channels) - 1)
+    if args.height % multiple or args.width % multiple:
+        raise ValueError(f"--height {args.height} and --width {args.width} must be multiples of {multiple}.")
     model.train()
+    if args.stage == "decoder":
+        # The latents stay what a backbone may already be learning.
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
 
     # 2. Optimisation
     ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     lr_scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     reconstruct, optimizer = accelerator.prepare(Reconstruction(model), optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     first_step = restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    # Only now, because a checkpoint restores it on the CPU.
+    ema.to(accelerator.device)
 
     # 3. Steps
     progress = tqdm(
@@ -222,16 +310,21 @@ def main(args: Arguments) -> None:
         images = args.stage == "image" or step % (1 + args.videos_per_image_batch) == 0
         # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
         seed = (args.seed * args.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
-        video = draw_pixels(args, images, seed, accelerator.device)
+        video = draw_pixels(args, images, seed, accelerator.device, vary=args.stage != "decoder")
         with accelerator.autocast():
             reconstruction, posterior, latents = reconstruct(video)
         reconstruction = reconstruction.float()
         losses = {
             "l1": args.l1_weight * F.l1_loss(reconstruction, video),
             "mse": args.mse_weight * F.mse_loss(reconstruction, video),
+            "chroma": args.chroma_weight * F.mse_loss(*(v - v.mean(1, keepdim=True) for v in (reconstruction, video))),
             "gradient": args.gradient_loss_weight * multiscale_gradient_loss(reconstruction, video),
             "kl": args.kl_weight * kl_divergence(posterior),
         }
+        if args.colour_weight:
+            # Without an anchor the least varied of the three colour axes is found thousands of steps after the others.
+            colour = 3 * F.adaptive_avg_pool3d(video, latents.shape[2:])
+            losses["colour"] = args.colour_weight * F.mse_loss(latents[:, :3].float(), colour)
         if args.outlier_weight:
             losses["outlier"] = args.outlier_weight * outlier_penalty(latents.float())
         accelerator.backward(sum(losses.values()))
@@ -246,11 +339,14 @@ def main(args: Arguments) -> None:
             values = {name: f"{value.item():.4f}" for name, value in losses.items()}
             progress.set_postfix(values, s_step=f"{(time.perf_counter() - start) / (done - first_step):.2f}")
         if done % args.validation_steps == 0 or done == args.max_train_steps:
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
-            figures = validate(args, reconstruct, accelerator, output_dir / "samples" / f"step_{done:06d}")
-            ema.restore(model.parameters())
-            accelerator.print(json.dumps({"step": done, **figures}))
+            if accelerator.is_main_process:
+                ema.store(model.parameters())
+                ema.copy_to(model.parameters())
+                sheet = output_dir / "samples" / f"step_{done:06d}"
+                figures = validate(args, accelerator.unwrap_model(reconstruct), accelerator, sheet)
+                ema.restore(model.parameters())
+                accelerator.print(json.dumps({"step": done, **figures}))
+            accelerator.wait_for_everyone()
         if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
             save_checkpoint(accelerator, output_dir, done, args.checkpoints_total_limit)
 

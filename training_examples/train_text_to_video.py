@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn.utils.rnn import pad_sequence
@@ -35,7 +36,18 @@ from diffusers_moviegen.toybox.captions import core_caption, phrase
 from diffusers_moviegen.toybox.judges import compare, see
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from diffusers_moviegen.toybox.vocabulary import MOTIONS
-from diffusers_moviegen.training import restore_checkpoint, sample_timesteps, save_checkpoint, save_sample_sheet
+from diffusers_moviegen.training import (
+    check_model_folder,
+    check_positive,
+    restore_checkpoint,
+    sample_timesteps,
+    save_checkpoint,
+    save_sample_sheet,
+)
+
+
+IMAGE_ENCODER = ("image_encoder", "image_processor")
+"""The vision half of the CLIP, which no pipeline here loads."""
 
 
 @dataclass
@@ -74,16 +86,46 @@ class Arguments:
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
 
+    def __post_init__(self):
+        check_positive(
+            self,
+            (
+                "num_frames",
+                "num_cached_clips",
+                "num_cached_images",
+                "train_batch_size",
+                "videos_per_image_batch",
+                "max_train_steps",
+                "validation_steps",
+                "num_validation_prompts",
+                "checkpointing_steps",
+                "checkpoints_total_limit",
+            ),
+        )
+
 
 def load_pipeline(args: Arguments) -> MovieGenPipeline:
     """The pipeline of frozen encoders around the backbone to train."""
     folder = Path(args.text_encoders)
+    names = [f"{name}{suffix}" for suffix in TEXT_ENCODERS for name in ("tokenizer", "text_encoder")]
+    missing = [name for name in (*names, *IMAGE_ENCODER) if not (folder / name).is_dir()]
+    if missing:
+        raise OSError(
+            f"--text_encoders: '{folder}' lacks {', '.join(missing)}; pass the folder train_text_encoders.py wrote."
+        )
     components = {}
     for suffix, encoder_class in zip(TEXT_ENCODERS, (T5EncoderModel, CLIPTextModel, T5EncoderModel), strict=True):
         components[f"tokenizer{suffix}"] = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
         components[f"text_encoder{suffix}"] = encoder_class.from_pretrained(folder / f"text_encoder{suffix}")
+    check_model_folder("vae", args.vae, AutoencoderKLMovieGen)
     vae = AutoencoderKLMovieGen.from_pretrained(args.vae)
+    if vae.config.latents_mean is None or vae.config.latents_std is None:
+        raise ValueError(
+            f"--vae: the config of '{args.vae}' has no latents_mean and latents_std; pass the vae/ that train_tae.py "
+            "--stage video wrote."
+        )
     if args.transformer is not None:
+        check_model_folder("transformer", args.transformer, MovieGenTransformer3DModel)
         transformer = MovieGenTransformer3DModel.from_pretrained(args.transformer)
     else:
         transformer = MovieGenTransformer3DModel(
@@ -98,7 +140,7 @@ def load_pipeline(args: Arguments) -> MovieGenPipeline:
             text_embed_dim_3=components["text_encoder_3"].config.d_model,
             max_grid_size=tuple(args.max_grid_size),
         )
-    return MovieGenPipeline(
+    pipe = MovieGenPipeline(
         **components,
         transformer=transformer,
         vae=vae,
@@ -109,6 +151,9 @@ def load_pipeline(args: Arguments) -> MovieGenPipeline:
         default_frame_rate=args.frame_rate,
         default_guidance_scale=args.guidance_scale,
     )
+    # Before minutes go into encoding what the backbone has no positions for.
+    pipe._check_size(args.height, args.width, args.num_frames)
+    return pipe
 
 
 class Cache:
@@ -238,7 +283,9 @@ def validate(args: Arguments, pipe: MovieGenPipeline, cache: Cache, accelerator:
 
 
 def main(args: Arguments) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    # An encoder that has no token for any caption of a batch leaves its projection without a gradient.
+    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[parallel])
     set_seed(args.seed, device_specific=True)
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
@@ -255,16 +302,8 @@ def main(args: Arguments) -> None:
         transformer.set_attention_backend("_native_math")
     transformer.train()
 
-    # 2. Data: everything the frozen models compute is computed once
-    images = Cache(args, pipe, args.num_cached_images, images=True, seed=args.seed + 1, held_out=False)
-    held_out = Cache(args, pipe, 256, images=args.stage == "image", seed=args.seed + 3, held_out=True)
-    clips = None
-    if args.stage == "joint":
-        clips = Cache(args, pipe, args.num_cached_clips, images=False, seed=args.seed + 2, held_out=False)
-
-    # 3. Optimisation
+    # 2. Optimisation
     ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
     )
@@ -274,6 +313,19 @@ def main(args: Arguments) -> None:
     wrapped, optimizer = accelerator.prepare(transformer, optimizer)
     accelerator.register_for_checkpointing(lr_scheduler, ema)
     first_step = restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    # Only now, because a checkpoint restores it on the CPU.
+    ema.to(accelerator.device)
+
+    # 3. Data: everything the frozen models compute is computed once, by each process for scenes of its own
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    seed = 2 * (args.seed * processes + rank)
+    images = Cache(args, pipe, args.num_cached_images // processes, images=True, seed=seed, held_out=False)
+    clips, held_out = None, None
+    if args.stage == "joint":
+        clips = Cache(args, pipe, args.num_cached_clips // processes, images=False, seed=seed + 1, held_out=False)
+    if accelerator.is_main_process:
+        held_out = Cache(args, pipe, 256, images=args.stage == "image", seed=0, held_out=True)
+    accelerator.wait_for_everyone()
 
     # 4. Steps
     progress = tqdm(
@@ -300,7 +352,7 @@ def main(args: Arguments) -> None:
         done = step + 1
         if not on_images or clips is None:
             average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if done % 10 == 0:
+        if done % 10 == 0 and average is not None:
             progress.set_postfix(
                 loss=f"{average:.4f}", s_step=f"{(time.perf_counter() - start) / (done - first_step):.2f}"
             )
@@ -324,9 +376,12 @@ def main(args: Arguments) -> None:
                 # Rounds what is stored, past diffusers' warning about modules that compute in float32: they still do
                 # once they are loaded.
                 torch.nn.Module.to(component, torch.bfloat16)
+            if isinstance(component, ModelMixin):
+                # diffusers would write down the folder that the weights came from.
+                component.register_to_config(_name_or_path="")
         pipe.save_pretrained(output_dir / "pipeline", max_shard_size="14MB")
         # The vision half of the CLIP travels with the checkpoint for the tasks that condition on pictures.
-        for name in ("image_encoder", "image_processor"):
+        for name in IMAGE_ENCODER:
             shutil.copytree(Path(args.text_encoders) / name, output_dir / "pipeline" / name, dirs_exist_ok=True)
     accelerator.end_training()
 

@@ -135,15 +135,12 @@ class FlowMatchLinearQuadraticScheduler(SchedulerMixin, ConfigMixin):
 
     def _linear_quadratic_sigmas(self, num_steps: int) -> np.ndarray:
         emulated_steps = max(self.config.num_emulated_steps, num_steps)
-        # The tolerance keeps a share such as 0.1 of 30 steps, 3.0000000000000004, at 3.
+        # The tolerance keeps a share such as 0.28 of 25 steps, 7.000000000000001 in floating point, at 7.
         linear_steps = min(math.ceil(num_steps * self.config.linear_ratio - 1e-9), num_steps - 1)
         steps = np.arange(num_steps + 1)
         quadratic = (np.maximum(steps - linear_steps, 0) / (num_steps - linear_steps)) ** 2
         times = steps / emulated_steps + (1 - num_steps / emulated_steps) * quadratic
-        sigmas = (1 - times).astype(np.float32)
-        # Rounding may leave the last value beside 0.
-        sigmas[-1] = 0
-        return sigmas
+        return (1 - times).astype(np.float32)
 
     def index_for_timestep(self, timestep: float | torch.Tensor) -> int:
         """

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, core_tuples, is_held_out
+from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPINNING_SHAPES, core_tuples, is_held_out
 
 
 SIZES = ((64, 64), (96, 64), (64, 96), (128, 128), (192, 128), (128, 192))
@@ -24,7 +24,8 @@ class Scenes:
     """A batch of scenes with the same number of objects each.
 
     Attributes:
-        colour, shape, motion (`torch.LongTensor` of shape `(batch, objects)`): indices into `COLOURS`, `SHAPES`, `MOTIONS`.
+        colour, shape, motion (`torch.LongTensor` of shape `(batch, objects)`): indices into `COLOURS`, `SHAPES` and
+            `MOTIONS`.
         background (`torch.LongTensor` of shape `(batch,)`): index into `BACKGROUNDS`.
         radius (`torch.FloatTensor` of shape `(batch, objects)`): radius over the shorter side of the picture.
         x, y (`torch.FloatTensor` of shape `(batch, objects)`): start of the centre over width and height.
@@ -117,9 +118,12 @@ def draw_two_object_scenes(count: int, generator: torch.Generator, height: int, 
             touch_rate=_uniform(shape, 0.7, 1.6, generator),
             touch_phase=_uniform(shape, 0.0, 1.0, generator),
         )
-        x, y, radius, _ = trajectories(scenes, torch.linspace(0, 2, 65), height, width)
-        apart = torch.hypot(x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]) - radius.sum(1) >= side / 32
-        inside = (x >= radius) & (x <= width - radius) & (y >= radius) & (y <= height - radius)
+        x, y, radius, _ = trajectories(scenes, torch.linspace(0, 2, 257), height, width)
+        # Circumscribed circles: the corners of a square lie beyond its radius.
+        is_square = scenes.shape == SHAPES.index("square")
+        reach = radius * torch.where(is_square, 0.85 * math.sqrt(2), 1.0)[..., None]
+        apart = torch.hypot(x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]) - reach.sum(1) >= side / 32
+        inside = (x >= reach) & (x <= width - reach) & (y >= reach) & (y <= height - reach)
         keep = torch.nonzero(apart.all(1) & inside.all(2).all(1)).flatten()[:missing]
         accepted.append(scenes[keep])
         missing -= len(keep)
@@ -216,21 +220,27 @@ def render(
     palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device)
     grounds = torch.tensor(list(BACKGROUNDS.values()), dtype=torch.float32, device=device)
 
-    video = grounds[scenes.background.to(device)][:, :, None, None, None]
-    video = video.expand(-1, -1, num_frames, height, width).clone()
     rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] + 0.5
     columns = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-    for i in range(scenes.colour.shape[1]):
-        for shape_index, shape in enumerate(SHAPES):
-            members = torch.nonzero(scenes.shape[:, i] == shape_index).flatten().to(device)
-            if len(members) == 0:
-                continue
-            centre_x, centre_y, radius, angle = (value[members, i][..., None, None] for value in path)
-            x, y = columns - centre_x, rows - centre_y
-            if shape in ("square", "triangle", "star") and angle.any():
-                cosine, sine = torch.cos(angle), torch.sin(angle)
-                x, y = x * cosine + y * sine, y * cosine - x * sine
-            alpha = (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)[:, None]
-            colour = palette[scenes.colour[members.cpu(), i].to(device)][:, :, None, None, None]
-            video[members] += alpha * (colour - video[members])
-    return video.round_().to(torch.uint8)
+    video = torch.empty(len(scenes), 3, num_frames, height, width, dtype=torch.uint8, device=device)
+    # A few clips at a time: what is computed in float32 stays small enough for the processor's cache.
+    for start in range(0, len(scenes), 8):
+        part = scenes[start : start + 8]
+        pixels = grounds[part.background.to(device)][:, :, None, None, None]
+        pixels = pixels.expand(-1, -1, num_frames, height, width).clone()
+        for i in range(part.colour.shape[1]):
+            for shape_index, shape in enumerate(SHAPES):
+                members = torch.nonzero(part.shape[:, i] == shape_index).flatten()
+                if len(members) == 0:
+                    continue
+                colour = palette[part.colour[members, i].to(device)][:, :, None, None, None]
+                members = members.to(device)
+                centre_x, centre_y, radius, angle = (value[start + members, i][..., None, None] for value in path)
+                x, y = columns - centre_x, rows - centre_y
+                if shape in SPINNING_SHAPES and angle.any():
+                    cosine, sine = torch.cos(angle), torch.sin(angle)
+                    x, y = x * cosine + y * sine, y * cosine - x * sine
+                alpha = (0.5 - signed_distance(shape, x, y, radius)).clamp(0, 1)[:, None]
+                pixels[members] = torch.lerp(pixels[members], colour, alpha)
+        video[start : start + 8] = pixels.round_()
+    return video

@@ -25,14 +25,18 @@ def test_default_schedule_is_that_of_mochi():
 
 
 @pytest.mark.parametrize("num_emulated_steps", [250, 1000])
-@pytest.mark.parametrize("linear_ratio", [0.0, 0.3, 0.5])
-@pytest.mark.parametrize("num_steps", [10, 50, 51])
-def test_schedule_against_the_definition(num_emulated_steps, linear_ratio, num_steps):
+@pytest.mark.parametrize(
+    ("num_steps", "linear_ratio", "linear_steps"),
+    [
+        (10, 0.0, 0), (10, 0.5, 5), (50, 0.5, 25), (51, 0.5, 26), (51, 0.3, 16),
+        (25, 0.28, 7),  # 25 * 0.28 is a little above 7 in floating point
+        (2, 0.9, 1),  # one step is always left for the quadratic part
+    ],
+)  # fmt: skip
+def test_schedule_against_the_definition(num_emulated_steps, num_steps, linear_ratio, linear_steps):
     sigmas = make_schedule(num_steps, num_emulated_steps=num_emulated_steps, linear_ratio=linear_ratio).sigmas
     assert sigmas.dtype == torch.float32 and sigmas.shape == (num_steps + 1,)
     # Solve for the parabola that continues the line with its slope and ends at 0.
-    linear_steps = {0.0: 0, 0.3: {10: 3, 50: 15, 51: 16}[num_steps], 0.5: {10: 5, 50: 25, 51: 26}[num_steps]}
-    linear_steps = linear_steps[linear_ratio]
     start, end = float(linear_steps), float(num_steps)
     conditions = np.array([[start**2, start, 1], [2 * start, 1, 0], [end**2, end, 1]])
     parabola = np.linalg.solve(conditions, [1 - start / num_emulated_steps, -1 / num_emulated_steps, 0])

@@ -1,0 +1,83 @@
+"""Runs training scripts inside the test process, as `accelerate launch` would in one of its own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import HfArgumentParser
+
+
+EXAMPLES = Path(__file__).parents[2] / "training_examples"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_line(arguments: dict) -> list[str]:
+    """`{"num_frames": 9, "max_grid_size": [1, 2, 2]}` as a command line has it."""
+    line = []
+    for name, value in arguments.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def run(script: ModuleType, **arguments) -> None:
+    """Parses the command line and runs `main`, with a fresh Accelerator state."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    script.main(HfArgumentParser(script.Arguments).parse_args_into_dataclasses(command_line(arguments))[0])
+
+
+def run_and_record_losses(script: ModuleType, monkeypatch, stop_after: int | None = None, **arguments) -> list[float]:
+    """As `run`; returns the loss of every step, and is killed by Ctrl-C in the step after `stop_after` of them."""
+    losses = []
+    backward = Accelerator.backward
+
+    def record(self, loss: Tensor, **kwargs):
+        if len(losses) == stop_after:
+            raise KeyboardInterrupt
+        losses.append(loss.item())
+        backward(self, loss, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "backward", record)
+        try:
+            run(script, **arguments)
+        except KeyboardInterrupt:
+            assert stop_after is not None
+    return losses
+
+
+def run_without_av_and_datasets(name: str, folder: Path, num_processes: int = 1, **arguments) -> None:
+    """Runs a script in processes of its own in which PyAV and datasets cannot be imported."""
+    launcher = folder / "launch.py"
+    launcher.write_text(
+        "import runpy, sys\n"
+        "sys.modules['av'] = sys.modules['datasets'] = None\n"
+        f"sys.argv[0] = {str(EXAMPLES / name)!r} + '.py'\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(EXAMPLES.parent),
+    }
+    result = subprocess.run(
+        [sys.executable, *(launch if num_processes > 1 else []), str(launcher), *command_line(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
