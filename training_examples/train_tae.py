@@ -3,6 +3,10 @@
     accelerate launch training_examples/train_tae.py --stage image --output_dir runs/tae_image
     accelerate launch training_examples/train_tae.py --stage video --image_autoencoder runs/tae_image/vae \\
         --output_dir runs/tae
+    accelerate launch training_examples/train_tae.py --stage decoder --autoencoder runs/tae/vae \\
+        --output_dir runs/tae_decoder
+
+The last one is optional: it sharpens the decoder without moving the latents.
 """
 
 import json
@@ -48,6 +52,7 @@ class Arguments:
     block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
     layers_per_block: int = 1
     norm_num_groups: int = 8
+    vary_scenes: bool = field(default=True, metadata={"help": "train on several objects in any colours too"})
     height: int = 64
     width: int = 64
     num_frames: int = 16
@@ -310,7 +315,7 @@ def main(args: Arguments) -> None:
         images = args.stage == "image" or step % (1 + args.videos_per_image_batch) == 0
         # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
         seed = (args.seed * args.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
-        video = draw_pixels(args, images, seed, accelerator.device, vary=args.stage != "decoder")
+        video = draw_pixels(args, images, seed, accelerator.device, vary=args.vary_scenes)
         with accelerator.autocast():
             reconstruction, posterior, latents = reconstruct(video)
         reconstruction = reconstruction.float()
@@ -356,6 +361,8 @@ def main(args: Arguments) -> None:
     if accelerator.is_main_process:
         if args.stage == "video":
             measure_latents(args, model, accelerator)
+        # diffusers would write down the folder that the weights came from.
+        model.register_to_config(_name_or_path="")
         model.save_pretrained(output_dir / "vae")
     accelerator.end_training()
 

@@ -149,6 +149,20 @@ def test_clips_start_from_the_inflated_image_model(script, image_run, tmp_path):
         torch.testing.assert_close(decoded[:, :, 0], expected, atol=1e-5, rtol=0)
 
 
+def test_decoder_stage_keeps_the_latents(script, video_run, tmp_path):
+    """A backbone trained on the old latents goes on with the new decoder."""
+    start = video_run[0] / "vae"
+    run(script, stage="decoder", autoencoder=start, output_dir=tmp_path, max_train_steps=2, **SMALL)
+    before, after = (AutoencoderKLMovieGen.from_pretrained(folder) for folder in (start, tmp_path / "vae"))
+    assert after.config.latents_mean == before.config.latents_mean
+    assert after.config.latents_std == before.config.latents_std
+    for name, value in after.state_dict().items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            assert torch.equal(value, before.state_dict()[name])
+    assert not torch.equal(after.decoder.conv_in.spatial.weight, before.decoder.conv_in.spatial.weight)
+    assert str(start) not in (tmp_path / "vae" / "config.json").read_text()
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, tmp_path, monkeypatch):
     arguments = {
         "stage": "video",
@@ -199,6 +213,7 @@ def test_trains_without_av_and_datasets(tmp_path):
     ("arguments", "message"),
     [
         ({"stage": "image", "image_autoencoder": "vae"}, "--image_autoencoder is for --stage video"),
+        ({"stage": "decoder"}, "--stage decoder goes on from --autoencoder"),
         ({"stage": "video", "image_autoencoder": "a", "autoencoder": "b"}, "both given; start from one of them"),
         ({"image_batch_size": 3}, "--image_batch_size is 3: use a multiple of 2"),
         ({"validation_steps": 0}, "--validation_steps is 0: it must be at least 1"),
