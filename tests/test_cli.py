@@ -225,6 +225,10 @@ def mismatch_weights(folder):
     (folder / "transformer/config.json").write_text(json.dumps({**config, "ffn_dim": 64}))
 
 
+def mix_components(folder):
+    shutil.copytree(folder / "text_encoder_3", folder / "text_encoder", dirs_exist_ok=True)
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -233,6 +237,7 @@ def mismatch_weights(folder):
         (truncate_weights, "vae"),
         (truncate_tensors, "text_encoder"),
         (mismatch_weights, "transformer"),
+        (mix_components, "`text_encoder` (UL2) gives features of width 16, but the transformer takes 32"),
     ],
 )
 def test_damaged_model(model, work, capsys, damage, message):

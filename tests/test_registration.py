@@ -146,7 +146,8 @@ def test_bfloat16_folder(tmp_path):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.transformer.dtype == torch.float32
-    assert pipeline.text_encoder.dtype == pipeline.text_encoder_3.dtype == torch.bfloat16
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    assert {encoder.dtype for encoder in encoders} == {torch.bfloat16}
     embeds = pipeline.encode_prompt('a red "HI"')
     features = [tensor for name, tensor in embeds.items() if "mask" not in name]
     assert len(features) == 6 and {tensor.dtype for tensor in features} == {torch.float32}

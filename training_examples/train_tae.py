@@ -11,6 +11,7 @@ The last one is optional: it sharpens the decoder without moving the latents.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from diffusers_moviegen import AutoencoderKLMovieGen
+from diffusers_moviegen.toybox.judges.sight import MAX_COLOUR_DISTANCE
 from diffusers_moviegen.toybox.scenes import Scenes, draw_scenes, draw_two_object_scenes, render, sample_tuples
-from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, core_tuples
+from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, core_tuples, is_held_out
 from diffusers_moviegen.training import (
     check_model_folder,
     check_positive,
@@ -175,13 +177,33 @@ def draw_varied_scenes(args: Arguments, count: int, generator: torch.Generator) 
     return draw_crowd(count, generator)
 
 
-def vary_colours(video: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Half of the clips with their colour channels swapped, a quarter inverted: no hue of the world is favoured."""
+def looks_held_out(words: tuple[str, str, str, str], recolour: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether an object on its ground would be judged, once recoloured, to be one of a held-out tuple."""
+    colour, shape, motion, background = words
+    seen = []
+    for name, palette in ((colour, COLOURS), (background, BACKGROUNDS)):
+        distances = torch.tensor(list(palette.values())) - recolour(torch.tensor(palette[name]))
+        distances = distances.float().norm(dim=1)
+        seen.append(list(palette)[distances.argmin()] if distances.min() <= MAX_COLOUR_DISTANCE else None)
+    return None not in seen and is_held_out(seen[0], shape, motion, seen[1])
+
+
+def vary_colours(video: torch.Tensor, tuples: list[list], generator: torch.Generator) -> torch.Tensor:
+    """Half of the clips with their colour channels swapped, a quarter inverted: no hue of the world is favoured.
+
+    A clip in which an object would come to look like one of a held-out tuple stays as it is.
+    """
     clips = []
-    for clip in video:
-        if torch.rand((), generator=generator) < 0.5:
-            clip = clip[torch.randperm(3, generator=generator).to(clip.device)]
-        clips.append(255 - clip if torch.rand((), generator=generator) < 0.25 else clip)
+    for clip, objects in zip(video, tuples, strict=True):
+        swap = torch.rand((), generator=generator) < 0.5
+        order = torch.randperm(3, generator=generator) if swap else torch.arange(3)
+        invert = torch.rand((), generator=generator) < 0.25
+
+        def recolour(colours: torch.Tensor, order=order, invert=invert) -> torch.Tensor:
+            colours = colours[order.to(colours.device)]
+            return 255 - colours if invert else colours
+
+        clips.append(clip if any(looks_held_out(words, recolour) for words in objects) else recolour(clip))
     return torch.stack(clips)
 
 
@@ -206,7 +228,9 @@ def draw_pixels(
     else:
         video = render(scenes, args.num_frames, args.frame_rate, args.height, args.width, device)
     if vary:
-        video = vary_colours(video, generator)
+        frames_a_scene = len(video) // count
+        tuples = [scenes.tuples(i) for i in range(count) for _ in range(frames_a_scene)]
+        video = vary_colours(video, tuples, generator)
     return video.float() / 127.5 - 1
 
 

@@ -41,6 +41,7 @@ from transformers import (
 
 from diffusers_moviegen.toybox import captions, scenes
 from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, is_held_out
+from diffusers_moviegen.training import check_positive
 
 
 # Token ids follow the order of these lists, and every checkpoint depends on them: only ever append.
@@ -155,9 +156,14 @@ class Arguments:
     def __post_init__(self):
         unknown = set(self.parts.split(",")) - {"text_encoder", "text_encoder_2", "text_encoder_3"}
         if unknown:
-            raise ValueError(f"unknown parts {sorted(unknown)}: use text_encoder, text_encoder_2, text_encoder_3")
+            raise ValueError(f"--parts names {sorted(unknown)}: use text_encoder, text_encoder_2, text_encoder_3.")
+        check_positive(self, ("steps", "steps_2", "steps_3", "batch_size", "batch_size_2", "log_every"))
+        if self.batch_size % 2:
+            raise ValueError(f"--batch_size is {self.batch_size}: use a multiple of 2, half of each batch is masked.")
         if self.batch_size_2 % 4:
-            raise ValueError(f"batch_size_2 is {self.batch_size_2}: use a multiple of 4, one for each kind of picture")
+            raise ValueError(
+                f"--batch_size_2 is {self.batch_size_2}: use a multiple of 4, one for each kind of picture."
+            )
 
 
 def build_tokenizer(bos_token: str | None, eos_token: str, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -166,7 +172,7 @@ def build_tokenizer(bos_token: str | None, eos_token: str, model_max_length: int
 
     Text is seen as bytes with a space put in front, by which a word is the same token at the start of a sentence and
     inside it; decoding takes that space away. What is not a known word falls apart into bytes: the capital letters of
-    a written word are one token each.
+    a written word are one token each, and the name of a special token is characters like any others.
 
     Args:
         bos_token: put in front of each text, or `None`.
@@ -203,6 +209,7 @@ def build_tokenizer(bos_token: str | None, eos_token: str, model_max_length: int
         model_max_length=model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )
 
 
@@ -211,7 +218,7 @@ def build_tokenizers() -> tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast
     return (
         build_tokenizer(bos_token=None, eos_token="</s>", model_max_length=512),
         build_tokenizer(bos_token="<|startoftext|>", eos_token="<|endoftext|>", model_max_length=256),
-        ByT5Tokenizer(model_max_length=128),
+        ByT5Tokenizer(model_max_length=128, split_special_tokens=True),
     )
 
 

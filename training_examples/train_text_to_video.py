@@ -174,10 +174,11 @@ class Cache:
         latents_mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1)
         latents_std = torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1, 1)
         means, stds = [], []
-        for start in tqdm(
-            range(0, count, 64), desc="encoding pictures" if images else "encoding clips", mininterval=10
-        ):
-            part = scenes[torch.arange(start, min(start + 64, count))]
+        # 64 frames at a time: more do not fit a processor's cache and take twice as long.
+        chunk = max(64 // num_frames, 1)
+        description = "encoding pictures" if images else "encoding clips"
+        for start in tqdm(range(0, count, chunk), desc=description, mininterval=10):
+            part = scenes[torch.arange(start, min(start + chunk, count))]
             video = render(part, num_frames, args.frame_rate, args.height, args.width, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                 posterior = pipe.vae.encode(video.float() / 127.5 - 1).latent_dist

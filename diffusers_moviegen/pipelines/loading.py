@@ -5,9 +5,11 @@ import json
 import os
 from collections.abc import Container
 from pathlib import Path
+from typing import Any
 
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -66,21 +68,35 @@ def check_pipeline_folder(folder: Path, given: Container[str] = (), variant: str
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise OSError(f"'{folder}' has no model_index.json; pass the folder of a saved pipeline.")
-    try:
-        index = json.loads(index_file.read_text())
-    except ValueError as error:
-        raise OSError(f"'{index_file}' is not valid JSON ({error}); save or download the pipeline again.") from error
-
+    index = _read_json(index_file)
+    if not isinstance(index, dict):
+        raise OSError(f"'{index_file}' is not the index of a pipeline; save or download the pipeline again.")
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value[0] is None or name in given:
+        if name.startswith("_") or not isinstance(value, list) or name in given:
+            continue
+        if len(value) != 2:
+            raise OSError(
+                f"'{index_file}' has {value!r} for '{name}' instead of a library and a class; save or download the"
+                " pipeline again."
+            )
+        if value[0] is None:
             continue
         library, class_name = value
         if not (folder / name).is_dir():
             raise OSError(f"'{folder}' lacks the folder '{name}' of a component; save or download the pipeline again.")
+        for file in sorted((folder / name).glob("*.json")):
+            _read_json(file)
         if library in ("diffusers", "diffusers_moviegen", "transformers"):
             component_class = getattr(importlib.import_module(library), class_name, None)
             if isinstance(component_class, type) and issubclass(component_class, (ModelMixin, PreTrainedModel)):
                 _check_weights(folder / name, component_class, variant)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OSError(f"'{file}' is not valid JSON ({error}); save or download the pipeline again.") from error
 
 
 def _check_weights(folder: Path, model_class: type[ModelMixin | PreTrainedModel], variant: str | None) -> None:
@@ -91,13 +107,20 @@ def _check_weights(folder: Path, model_class: type[ModelMixin | PreTrainedModel]
     for file in _weights_files(folder, stem, variant):
         shapes.update(_tensor_shapes(file))
 
-    with init_empty_weights():
-        if issubclass(model_class, ModelMixin):
-            config = model_class.load_config(folder)
-            model = model_class.from_config(config)
-        else:
-            config = model_class.config_class.from_pretrained(folder).to_dict()
-            model = model_class(model_class.config_class.from_dict(config))
+    try:
+        with init_empty_weights():
+            if issubclass(model_class, ModelMixin):
+                config = model_class.load_config(folder)
+                model = model_class.from_config(config)
+            else:
+                config = model_class.config_class.from_pretrained(folder).to_dict()
+                model = model_class(model_class.config_class.from_dict(config))
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"'{folder / 'config.json'}' does not describe a {model_class.__name__} ({reason}); save or download the"
+            " pipeline again."
+        ) from error
     if config.get("quantization_config") is not None:
         # Quantised tensors have shapes and names of their own.
         return
@@ -140,8 +163,8 @@ def _weights_files(folder: Path, stem: str, variant: str | None) -> list[Path]:
         index_file = folder / f"{stem}.safetensors.index{suffix}.json"
         if index_file.is_file():
             try:
-                names = set(json.loads(index_file.read_text())["weight_map"].values())
-            except (ValueError, KeyError) as error:
+                names = set(_read_json(index_file)["weight_map"].values())
+            except (AttributeError, KeyError, TypeError) as error:
                 raise OSError(
                     f"'{index_file}' is not a valid index of weights; save or download the pipeline again."
                 ) from error

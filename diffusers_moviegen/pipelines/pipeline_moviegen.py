@@ -1,4 +1,5 @@
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,12 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
         if self.transformer is None or (self.vae is None and output_type != "latent"):
             name = "vae" if self.transformer is not None else "transformer"
             raise ValueError(f"`{name}` is None, so there is nothing to generate with; load the pipeline with it.")
+        in_channels = self.transformer.config.in_channels
+        if self.vae is not None and self.vae.config.latent_channels != in_channels:
+            raise ValueError(
+                f"`vae` has latents of {self.vae.config.latent_channels} channels, but the transformer takes"
+                f" {in_channels}; load the components of one checkpoint."
+            )
         for name, value in {
             "height": height,
             "width": width,
@@ -159,11 +166,11 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
             "num_videos_per_prompt": num_videos_per_prompt,
             "max_sequence_length": max_sequence_length,
         }.items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
-        if not isinstance(frame_rate, (int, float)) or not 0 < frame_rate < math.inf:
+        if not isinstance(frame_rate, numbers.Real) or not 0 < frame_rate < math.inf:
             raise ValueError(f"`frame_rate` must be a number of frames a second above 0, got {frame_rate!r}.")
-        if not math.isfinite(self.guidance_scale):
+        if not isinstance(self.guidance_scale, numbers.Real) or not math.isfinite(self.guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {self.guidance_scale!r}.")
         self._check_size(height, width, num_frames)
 

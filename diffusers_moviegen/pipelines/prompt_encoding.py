@@ -25,7 +25,7 @@ QUOTED = re.compile('"([^"]+)"|\u201c([^\u201c\u201d]+)\u201d')
 
 def frame_rate_prefix(frame_rate: float) -> str:
     """The text that tells the model the frame rate in frames a second: `"FPS-8: "` for 8."""
-    return f"FPS-{frame_rate:g}: "
+    return f"FPS-{float(frame_rate):g}: "
 
 
 def add_frame_rate_prefix(prompt: str, frame_rate: float, num_frames: int) -> str:
@@ -51,7 +51,8 @@ def encode_texts(
     encoder_name: str = "text encoder",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Features of `texts` from one encoder, padded to the longest text of the batch.
+    Features of `texts` from one encoder, padded to the longest text of the batch. A text that holds the name of a
+    special token, such as "</s>", is read as those characters.
 
     Args:
         texts: The texts, as the encoder shall read them.
@@ -68,13 +69,20 @@ def encode_texts(
     texts = list(texts)
     truncation = {}
     if max_length is not None:
-        for token_ids in tokenizer(texts, verbose=False).input_ids:
+        for token_ids in tokenizer(texts, split_special_tokens=True, verbose=False).input_ids:
             if len(token_ids) > max_length:
                 truncation = {"truncation": True, "max_length": max_length}
                 lost = tokenizer.decode(token_ids[max_length - 1 : -1]).strip()
                 logger.warning(f"{encoder_name} reads {max_length} tokens of a prompt; this part is cut off: {lost!r}")
 
-    inputs = tokenizer(texts, padding="longest", return_attention_mask=True, return_tensors="pt", **truncation)
+    inputs = tokenizer(
+        texts,
+        padding="longest",
+        split_special_tokens=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+        **truncation,
+    )
     device = get_module_execution_device(text_encoder)
     attention_mask = inputs.attention_mask.to(device)
     embeds = text_encoder(inputs.input_ids.to(device), attention_mask=attention_mask).last_hidden_state
@@ -166,8 +174,11 @@ class PromptEncodingMixin:
             `prompt_attention_mask_3`, each `(batch, tokens)`; with guidance the same again with `negative_` in front.
 
         Raises:
-            `ValueError`: if a text encoder or tokenizer is `None`, or the two lists differ in length.
+            `ValueError`: if a prompt is no string or a list is empty, the two lists differ in length, or a text
+            encoder or tokenizer is `None` or not the one that the transformer was trained with.
         """
+        _check_texts("prompt", prompt)
+        _check_texts("negative_prompt", negative_prompt)
         num_frames = self.config.default_num_frames if num_frames is None else num_frames
         frame_rate = self.config.default_frame_rate if frame_rate is None else frame_rate
 
@@ -318,6 +329,14 @@ class PromptEncodingMixin:
                     raise ValueError(
                         f"`{component}` ({encoder_name}) is None, so text cannot be encoded; load it, or pass the"
                         " embeddings that `encode_prompt` returned."
+                    )
+            if self.transformer is not None:
+                width = getattr(self, f"text_encoder{suffix}").config.hidden_size
+                expected_width = self.transformer.config[f"text_embed_dim{suffix}"]
+                if width != expected_width:
+                    raise ValueError(
+                        f"`text_encoder{suffix}` ({encoder_name}) gives features of width {width}, but the transformer"
+                        f" takes {expected_width}; load the components of one checkpoint."
                     )
 
         device = device or self._execution_device

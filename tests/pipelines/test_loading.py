@@ -51,6 +51,49 @@ def test_damaged_model_index(folder):
     assert load_error(folder).startswith(f"'{folder}/model_index.json' is not valid JSON (")
 
 
+def change_json(file, change):
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+
+def test_index_of_something_else(folder):
+    index_file = folder / "model_index.json"
+    change_json(index_file, lambda index: index | {"vae": ["AutoencoderKLMovieGen"]})
+    assert load_error(folder).startswith(f"'{index_file}' has ['AutoencoderKLMovieGen'] for 'vae' instead of a lib")
+    change_json(index_file, list)
+    assert load_error(folder).startswith(f"'{index_file}' is not the index of a pipeline;")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_damaged_json(folder, name):
+    file = folder / name
+    file.write_text(file.read_text()[:-20])
+    assert load_error(folder).startswith(f"'{file}' is not valid JSON (")
+
+
+@pytest.mark.parametrize(
+    "component, change",
+    [
+        ("transformer", lambda config: config | {"num_layers": "two"}),
+        ("vae", lambda config: config | {"norm_num_groups": 3}),
+        ("text_encoder", lambda config: config | {"num_layers": "two"}),
+    ],
+)
+def test_config_of_no_model(folder, component, change):
+    file = folder / component / "config.json"
+    change_json(file, change)
+    message = load_error(folder)
+    assert message.startswith(f"'{file}' does not describe a ")
+    assert message.endswith("save or download the pipeline again.")
+
+
 @pytest.mark.parametrize("name", ["{}/missing", "{}/model_index.json", "./missing", "~/missing", ""])
 def test_not_a_folder(folder, name):
     name = name.format(folder)

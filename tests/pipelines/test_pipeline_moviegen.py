@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
 
+from diffusers_moviegen import AutoencoderKLMovieGen
 from tests.tiny import MAX_FRAMES, MAX_SIZE, TEXT_WIDTH, tiny_pipeline
 
 
@@ -78,6 +79,11 @@ def test_defaults_come_from_the_checkpoint(pipeline):
     assert other.guidance_scale == 1.0
     explicit = generate(pipeline, height=48, width=16, num_frames=4, frame_rate=12, guidance_scale=1.0)
     assert torch.equal(frames, explicit)
+
+
+def test_numbers_of_numpy(pipeline):
+    numbers = {"height": np.int64(32), "width": np.int32(48), "num_frames": np.int64(9), "frame_rate": np.float32(8)}
+    assert torch.equal(generate(pipeline, guidance_scale=np.float64(3), **numbers), generate(pipeline))
 
 
 def test_frame_rate_matters_for_videos_only(pipeline):
@@ -413,6 +419,7 @@ BAD_INPUT = {
     "no tokens": ({"max_sequence_length": 0}, "`max_sequence_length` must be a whole number of at least 1"),
     "frame rate": ({"frame_rate": 0}, "`frame_rate` must be a number of frames a second above 0, got 0"),
     "frame rate nan": ({"frame_rate": float("nan")}, "`frame_rate` must be a number of frames a second above 0"),
+    "guidance text": ({"guidance_scale": "7"}, "`guidance_scale` must be a finite number, got '7'"),
     "guidance nan": ({"guidance_scale": float("nan")}, "`guidance_scale` must be a finite number, got nan"),
     "nothing": ({"prompt": None}, "Pass `prompt`, or the prompt embeddings"),
     "both": (lambda: embeds_with(prompt=PROMPT), "Pass `prompt` or the prompt embeddings, not both."),
@@ -491,3 +498,9 @@ def test_missing_models():
     with pytest.raises(ValueError, match="`vae` is None"):
         generate(without_vae)
     assert torch.equal(generate(without_vae, output_type="latent"), generate(tiny_pipeline(), output_type="latent"))
+
+
+def test_autoencoder_of_another_checkpoint():
+    vae = AutoencoderKLMovieGen(latent_channels=4, block_out_channels=(8, 8, 8, 8), norm_num_groups=4)
+    with pytest.raises(ValueError, match="`vae` has latents of 4 channels, but the transformer takes 16; load the"):
+        generate(tiny_pipeline(vae=vae))

@@ -1,4 +1,5 @@
 import logging
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ SUFFIXES = ("", "_2", "_3")
 
 
 @pytest.mark.parametrize(
-    "frame_rate, expected", [(8, "FPS-8: "), (16.0, "FPS-16: "), (23.976, "FPS-23.976: "), (12.5, "FPS-12.5: ")]
+    "frame_rate, expected",
+    [(8, "FPS-8: "), (16.0, "FPS-16: "), (Fraction(24000, 1001), "FPS-23.976: "), (12.5, "FPS-12.5: ")],
 )
 def test_frame_rate_prefix(frame_rate, expected):
     assert frame_rate_prefix(frame_rate) == expected
@@ -21,6 +23,7 @@ def test_frame_rate_prefix(frame_rate, expected):
     "prompt, num_frames, expected",
     [
         ("a circle", 9, "FPS-8: a circle"),
+        ("Pan left. a circle", 9, "FPS-8: Pan left. a circle"),
         ("a circle", 1, "a circle"),
         ("", 9, ""),
         ("  ", 9, "  "),
@@ -140,6 +143,30 @@ def test_encoding_without_a_transformer():
     expected = tiny_pipeline().encode_prompt("a circle")
     assert embeds.keys() == expected.keys()
     assert all(torch.equal(embeds[name], expected[name]) for name in embeds)
+
+
+def test_names_of_special_tokens_are_text(pipeline):
+    text = "a </s> b <pad>"
+    for suffix, special_tokens in zip(SUFFIXES, (1, 2, 1), strict=True):
+        encode = (getattr(pipeline, f"tokenizer{suffix}"), getattr(pipeline, f"text_encoder{suffix}"))
+        for max_length in (None, 40):
+            embeds, mask = encode_texts([text, ""], *encode, max_length=max_length)
+            assert mask.sum(1).tolist() == [len(text) + special_tokens, special_tokens]
+        assert embeds.shape[1] == len(text) + special_tokens
+
+
+@pytest.mark.parametrize("prompt, message", [([], "is an empty list"), (3, "got int"), ([None], "list with NoneType")])
+def test_what_is_no_text(pipeline, prompt, message):
+    with pytest.raises(ValueError, match=f"`prompt` .*{message}"):
+        pipeline.encode_prompt(prompt)
+    with pytest.raises(ValueError, match=f"`negative_prompt` .*{message}"):
+        pipeline.encode_prompt("a circle", prompt)
+
+
+def test_encoder_of_another_checkpoint(pipeline):
+    pipeline.text_encoder = pipeline.text_encoder_3
+    with pytest.raises(ValueError, match=r"`text_encoder` \(UL2\) gives features of width 16, .* takes 32; load the"):
+        pipeline.encode_prompt("a circle")
 
 
 @pytest.mark.parametrize("component", ["tokenizer", "text_encoder_2", "tokenizer_3"])

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 
-EXAMPLES = Path(__file__).parents[2] / "training_examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "training_examples"
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+def load_script(name: str, folder: str = "training_examples") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

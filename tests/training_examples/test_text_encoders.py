@@ -1,9 +1,6 @@
 """The tokenizers of the Toybox checkpoint, and a short run of the script that trains its text encoders."""
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +14,8 @@ from transformers import (
 
 from diffusers_moviegen.toybox import captions, scenes
 from diffusers_moviegen.toybox.vocabulary import is_held_out
+from tests.training_examples.scripts import load_script, run_without_av_and_datasets
 
-
-SCRIPT = Path(__file__).parents[2] / "training_examples" / "train_text_encoders.py"
 
 TEXTS = [
     "",
@@ -33,6 +29,7 @@ TEXTS = [
     "don't, we've, it's 3.14 (or 1,000%)",
     "Ein grüner Stern hüpft, à côté d'un élève; Ελληνικά, 日本語, العربية",
     "e\u0301 is not \u00e9, and \u2581 or \u0120 are no spaces",
+    "names of special tokens: </s> <pad> <mask> <|startoftext|> <|endoftext|> <unk> <extra_id_0>",
     "emoji 🎉👩‍🚀🏳️‍🌈",
     "A plump grey cartoon bird on a branch spreads its wings and sings.",
     "A slow camera move over a pink pond with grass, flowers and lily pads, birds singing.",
@@ -57,12 +54,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_text_encoders", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("train_text_encoders")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +226,21 @@ def test_runs_repeat(script, folder, tmp_path):
 
 
 def test_bad_arguments_are_named(script):
-    with pytest.raises(ValueError, match="image_encoder.*text_encoder_2"):
-        script.Arguments(output_dir="x", parts="image_encoder")
-    with pytest.raises(ValueError, match="batch_size_2 is 6"):
-        script.Arguments(output_dir="x", batch_size_2=6)
+    for arguments, message in (
+        ({"parts": "image_encoder"}, "--parts names .*image_encoder.*text_encoder_2"),
+        ({"batch_size": 5}, "--batch_size is 5: use a multiple of 2"),
+        ({"batch_size_2": 6}, "--batch_size_2 is 6: use a multiple of 4"),
+        ({"steps_3": 0}, "--steps_3 is 0: it must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            script.Arguments(output_dir="x", **arguments)
+
+
+def test_trains_without_av_and_datasets(tmp_path):
+    run_without_av_and_datasets(
+        "train_text_encoders",
+        tmp_path,
+        output_dir=tmp_path / "run",
+        **{"steps": 1, "steps_2": 1, "steps_3": 1, "batch_size": 4, "batch_size_2": 4},
+    )
+    assert len(list((tmp_path / "run").glob("*/*.safetensors"))) == 4

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from diffusers_moviegen import AutoencoderKLMovieGen
-from diffusers_moviegen.toybox.vocabulary import is_held_out
+from diffusers_moviegen.toybox.scenes import sample_tuples
+from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, is_held_out
 from tests.training_examples.scripts import (
     load_script,
     run,
@@ -232,3 +233,25 @@ def test_mistakes_are_named(script, tmp_path, arguments, message):
 def test_models_of_the_other_stage_are_refused(script, image_run, tmp_path):
     with pytest.raises(OSError, match="--autoencoder: .* holds a AutoencoderKL; .* AutoencoderKLMovieGen"):
         run(script, stage="video", autoencoder=image_run / "vae", output_dir=tmp_path, **SMALL)
+
+
+def test_recolouring_never_makes_a_held_out_tuple(script):
+    generator = torch.Generator().manual_seed(0)
+    tuples = sample_tuples(400, generator)
+    # Object colour in the upper half, ground in the lower, of one pixel each.
+    pixels = torch.tensor([[COLOURS[words[0]], BACKGROUNDS[words[3]]] for words in tuples], dtype=torch.uint8)
+    video = pixels.permute(0, 2, 1)[:, :, None, :, None]
+    varied = script.vary_colours(video, [[words] for words in tuples], generator)
+    changed = 0
+    for clip, original, (_, shape, motion, _) in zip(varied, video, tuples, strict=True):
+        changed += not torch.equal(clip, original)
+        colour, ground = (np.asarray(value) for value in clip[:, 0, :, 0].T.tolist())
+        near = [
+            (name, background)
+            for name, value in COLOURS.items()
+            for background, other in BACKGROUNDS.items()
+            if np.linalg.norm(colour - value) == min(np.linalg.norm(colour - v) for v in COLOURS.values()) <= 70
+            and np.linalg.norm(ground - other) == min(np.linalg.norm(ground - v) for v in BACKGROUNDS.values()) <= 70
+        ]
+        assert not any(is_held_out(name, shape, motion, background) for name, background in near)
+    assert 120 < changed < 300

@@ -1,0 +1,115 @@
+"""What the package promises of the checkpoint it ships."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModelWithProjection
+
+from diffusers_moviegen import MovieGenPipeline, bundled_checkpoint
+from diffusers_moviegen.toybox.captions import core_caption
+from diffusers_moviegen.toybox.judges import compare, see
+from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
+from tests.training_examples.scripts import load_script
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return Path(bundled_checkpoint("toybox"))
+
+
+@pytest.fixture(scope="module")
+def toybox(folder):
+    pipeline = MovieGenPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="no bundled checkpoint is named 'film'; there is "):
+        bundled_checkpoint("film")
+
+
+def test_it_is_small_enough_for_a_repository(folder):
+    sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    assert {path.suffix for path in sizes} <= {".safetensors", ".json", ".md"}
+    assert sum(sizes.values()) <= 26_000_000
+    assert max(sizes.values()) < 15_000_000
+
+
+def test_its_weights_are_half_precision(folder):
+    files = list(folder.rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == {
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae", "image_encoder")
+    }
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} <= {"BF16", "F16"}, file
+
+
+def test_its_model_card_has_the_commands(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for command in (
+        "train_text_encoders.py",
+        "train_tae.py --stage image",
+        "train_tae.py --stage video",
+        "train_text_to_video.py --stage image",
+        "train_text_to_video.py --stage joint",
+        "benchmarks/evaluate.py",
+    ):
+        assert command in card
+
+
+def test_its_configs_name_no_folder_of_the_training_machine(folder):
+    for file in folder.glob("*/config.json"):
+        assert not json.loads(file.read_text()).get("_name_or_path"), file
+
+
+def test_its_defaults(toybox):
+    config = toybox.config
+    assert (config.default_height, config.default_width, config.default_num_frames) == (64, 64, 16)
+    assert config.default_frame_rate == 8
+    assert toybox.vae.config.latents_mean is not None and toybox.vae.config.latents_std is not None
+    assert toybox.transformer.dtype == torch.float32 and toybox.text_encoder.dtype == torch.bfloat16
+
+
+def test_its_tokenizers_are_the_final_ones(folder):
+    """Every checkpoint depends on the token ids."""
+    for suffix, expected in zip(("", "_2", "_3"), load_script("train_text_encoders").build_tokenizers(), strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
+        assert tokenizer.get_vocab() == expected.get_vocab()
+        assert tokenizer.model_max_length == expected.model_max_length
+        for text in ("crimson sphere", "Ein grüner Stern, très bien 🎉", 'a sign "</s>"'):
+            assert tokenizer(text).input_ids == expected(text).input_ids
+            assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@torch.no_grad()
+def test_the_vision_half_of_its_clip_travels_along(folder):
+    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+    processor = CLIPImageProcessor.from_pretrained(folder / "image_processor")
+    generator = torch.Generator().manual_seed(0)
+    pictures = render(draw_scenes(sample_tuples(2, generator), generator), num_frames=1)[:, :, 0]
+    pixels = processor(list(pictures), return_tensors="pt").pixel_values
+    embeds = encoder(pixels.to(encoder.dtype)).image_embeds
+    assert embeds.isfinite().all() and not torch.allclose(embeds[0], embeds[1])
+
+
+@pytest.mark.parametrize("num_frames", [1, 16])
+def test_it_shows_what_a_held_out_prompt_says(toybox, num_frames):
+    """A coarse check that the weights belong to the code; benchmarks/evaluate.py has the figures."""
+    motions = {"motions": ("stays still",)} if num_frames == 1 else {}
+    tuples = sample_tuples(8, torch.Generator().manual_seed(0), held_out=True, **motions)
+    prompts = [core_caption(c, s, m if num_frames > 1 else None, b) for c, s, m, b in tuples]
+    frames = toybox(
+        prompts,
+        num_frames=num_frames,
+        num_inference_steps=20,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+    rows = compare(see((frames.transpose(1, 2) * 255).round().to(torch.uint8), 8), tuples)
+    for name in ("colour", "background"):
+        assert sum(row[name] for row in rows) >= 5, name
