@@ -18,7 +18,7 @@ $(INSTALLED): setup.py constraints.txt
 # Combinations that the bundled checkpoint has not seen in training.
 demo: $(INSTALLED)
 	@mkdir -p out
-	$(BIN)/moviegen generate "a red circle bounces on a pink background" -o out/demo.mp4 --force
+	$(BIN)/moviegen generate "a yellow square moves up on a black background" -o out/demo.mp4 --force
 	$(BIN)/moviegen generate "a yellow star on a brown background" -o out/demo.png --force
 
 # One thread a worker: two workers with a thread pool each would fight over the cores.
