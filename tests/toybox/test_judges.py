@@ -157,6 +157,19 @@ def test_opposites_are_told_apart():
         assert sight == Sight([SeenObject("orange", "star", opposite)], "navy")
 
 
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64)])
+@pytest.mark.parametrize(("start", "end", "moves"), [(0.4, 0.6, False), (0.35, 0.65, True)])
+def test_half_the_speed_of_a_move_decides(height, width, start, end, moves):
+    # 16 stills with the object a little farther on: a move covers 0.47 of the picture from the first to the last.
+    for field, direction in (("x", "moves right"), ("y", "moves down")):
+        scenes = draw_scenes([("red", "circle", "stays still", "grey")] * 16, torch.Generator().manual_seed(0))
+        scenes.radius[:], scenes.x[:], scenes.y[:] = 0.15, 0.5, 0.5
+        getattr(scenes, field)[:, 0] = torch.linspace(start, end, 16)
+        video = render(scenes, 1, 8, height, width).transpose(0, 2)
+        (sight,) = see(video)
+        assert sight.objects == [SeenObject("red", "circle", direction if moves else "stays still")]
+
+
 @pytest.mark.parametrize("shape", ["square", "triangle", "star"])
 def test_only_clockwise_spins(shape):
     video = clip("yellow", shape, "spins", "black")
