@@ -92,7 +92,7 @@ def main(args: Arguments) -> None:
     pipe = MovieGenPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     num_frames, frame_rate = pipe.config.default_num_frames, pipe.config.default_frame_rate
-    rows, breakdown = [], []
+    rows, notes = [], []
 
     for name, length, motions in (("clips", num_frames, MOTIONS), ("images", 1, ("stays still",))):
         generator = torch.Generator().manual_seed(args.seed)
@@ -114,14 +114,16 @@ def main(args: Arguments) -> None:
             mean, low, high = interval([verdict[key] for verdict in verdicts], tuples, args.seed)
             label = "all at once" if key == "all" else key
             rows.append((f"{name}: {label}", "%", 100 * mean, 100 * low, 100 * high))
-        rows.append((f"{name}: seconds a sample", "s", seconds, seconds, seconds))
-        for position, key in ((1, "shape"), (2, "motion"))[: len(motions)]:
+        notes.append(f"{name}: {seconds:.2f} s a sample")
+        for position, key in ((1, "shape"), (2, "motion")):
+            if key not in fields:
+                continue
             right, asked = Counter(), Counter()
             for words, verdict in zip(tuples, verdicts, strict=True):
                 asked[words[position]] += 1
                 right[words[position]] += verdict[key]
             counts = ", ".join(f"{word} {right[word]} of {asked[word]}" for word in sorted(asked))
-            breakdown.append(f"{name}, {key} right: {counts}")
+            notes.append(f"{name}, {key} right: {counts}")
         if args.sheet is not None and length > 1:
             save_sample_sheet(video[:16].float() / 127.5 - 1, args.sheet)
             print("\n".join(f"seed {args.seed + i}: {core_caption(*words)}" for i, words in enumerate(tuples[:16])))
@@ -133,7 +135,7 @@ def main(args: Arguments) -> None:
     print("| figure | value | 95 % interval |\n| --- | --- | --- |")
     for name, unit, mean, low, high in rows:
         print(f"| {name} | {mean:.1f} {unit} | {low:.1f} to {high:.1f} |")
-    print("\n".join(breakdown))
+    print("\n".join(notes))
     if args.output is not None:
         figures = {name: {"value": mean, "low": low, "high": high} for name, _, mean, low, high in rows}
         with open(args.output, "w") as file:

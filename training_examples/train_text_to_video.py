@@ -152,7 +152,7 @@ def load_pipeline(args: Arguments) -> MovieGenPipeline:
         default_guidance_scale=args.guidance_scale,
     )
     # Before minutes go into encoding what the backbone has no positions for.
-    pipe._check_size(args.height, args.width, args.num_frames)
+    pipe.check_size(args.height, args.width, args.num_frames)
     return pipe
 
 

@@ -172,7 +172,7 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
             raise ValueError(f"`frame_rate` must be a number of frames a second above 0, got {frame_rate!r}.")
         if not isinstance(self.guidance_scale, numbers.Real) or not math.isfinite(self.guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {self.guidance_scale!r}.")
-        self._check_size(height, width, num_frames)
+        self.check_size(height, width, num_frames)
 
         batch_size = self.check_prompt_inputs(prompt, negative_prompt, embeds, self.do_classifier_free_guidance)
         batch_size *= num_videos_per_prompt
@@ -199,7 +199,8 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
                     f" {name!r}."
                 )
 
-    def _check_size(self, height: int, width: int, num_frames: int):
+    def check_size(self, height: int, width: int, num_frames: int):
+        """Raise a `ValueError` if the models cannot make clips of this size, in pixels and frames."""
         patch_frames, patch_height, patch_width = self.transformer.config.patch_size
         max_grid_frames, max_grid_height, max_grid_width = self.transformer.config.max_grid_size
 
