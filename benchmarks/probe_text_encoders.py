@@ -24,10 +24,10 @@ from transformers import (
 
 from diffusers_moviegen import bundled_checkpoint
 from diffusers_moviegen.toybox import captions, scenes
-from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from diffusers_moviegen.toybox.vocabulary import AMBIENCES, COLOURS, EVENTS, MOTIONS, SHAPES, VOICES
 
 
-VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS, "background": tuple(BACKGROUNDS)}
+VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS}
 NOUNS = {noun for nouns in captions.SHAPE_NOUNS.values() for noun in nouns}
 
 
@@ -62,21 +62,44 @@ def probe(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, to
     return 100 * (guesses == test_classes).float().mean().item()
 
 
+def told(kind: str, fields: dict) -> dict[str, str | int]:
+    """What a caption of `captions.sample_caption` says, by field."""
+    if kind == "edit":
+        slots = captions.EDIT_INSTRUCTIONS[fields["edit"]]
+        return {name: value for name, value in fields.items() if name == "edit" or f"{{{name}}}" in slots}
+    if kind == "sound":
+        event = captions.sound_event(fields["shape"], fields["motion"], fields["has_strike"])
+        words = {"quality": fields["quality"], "event": EVENTS[fields["motion"]] if event else "none"}
+        words["ambience"] = AMBIENCES[fields["background"]] or "none"
+        if event and EVENTS[fields["motion"]] != "passes":
+            words["voice"] = VOICES[fields["shape"]]
+        return words
+    hidden = {"single_frame", "word"} | ({"motion"} if fields["single_frame"] else set())
+    return {name: value for name, value in fields.items() if name not in hidden}
+
+
 def probe_whole_captions(tokenizer, encoder, kind: str, rng: random.Random) -> dict[str, float]:
-    """Accuracy of each field of one-object captions from the mean over the caption's tokens."""
-    data = {}
+    """Accuracy of each field of captions of one kind from the mean over the caption's tokens."""
+    sets = []
     for held_out, count in ((False, 2000), (True, 1000)):
-        texts, fields = zip(*(captions.sample_caption(kind, rng, held_out) for _ in range(count)), strict=True)
-        means = torch.stack([feature.mean(0) for feature in encode(tokenizer, encoder, list(texts))])
-        data[held_out] = means, fields
+        # Captions of persons have no held-out tuples: there are sixty in all.
+        drawn = [captions.sample_caption(kind, rng, held_out and kind != "person") for _ in range(count)]
+        means = torch.stack([feature.mean(0) for feature in encode(tokenizer, encoder, [text for text, _ in drawn])])
+        sets.append((means, [told(kind, fields) for _, fields in drawn]))
+    names = {name: None for _, rows in sets for row in rows for name in row}
     results = {}
-    for name, values in VALUES.items():
-        if kind == "still" and name == "motion":
-            continue
-        sets = [
-            (means, torch.tensor([values.index(field[name]) for field in fields])) for means, fields in data.values()
-        ]
-        results[name] = probe(*sets)
+    for name in names:
+        values = sorted({row[name] for _, rows in sets for row in rows if name in row})
+        if len(values) > 1:
+            results[name] = probe(
+                *(
+                    (
+                        means[[name in row for row in rows]],
+                        torch.tensor([values.index(row[name]) for row in rows if name in row]),
+                    )
+                    for means, rows in sets
+                )
+            )
     return results
 
 
@@ -164,7 +187,9 @@ def main():
             tables = {"words": probe_letters(tokenizer, encoder, rng)}
         else:
             tables = {
-                kind: probe_whole_captions(tokenizer, encoder, kind, rng) for kind in ("core", "phrasing", "still")
+                kind: probe_whole_captions(tokenizer, encoder, kind, rng)
+                for kind in captions.CAPTION_KINDS
+                if kind != "two_objects"
             }
             tables["two_objects"] = probe_bindings(tokenizer, encoder, suffix == "_2", rng)
         for kind, results in tables.items():

@@ -11,8 +11,12 @@ import transformers
 
 from . import __version__
 from .checkpoints import bundled_checkpoint
-from .media import MAX_FRAME_RATE, MIN_FRAME_RATE, check_output_path, save_video
+from .media import MAX_FRAME_RATE, MIN_FRAME_RATE, check_output_path, save_audio, save_video
 from .pipelines import MovieGenPipeline
+from .toybox import data, previews
+
+
+MAX_PREVIEWS, MAX_PREVIEW_FRAMES = 100, 2000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _seed(text: str) -> int:
-    # The range that `torch.Generator` takes without wrapping around.
+    # What `torch.Generator` takes.
     if not (text.isdecimal() and int(text) < 2**64):
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**64 - 1, not {text!r}")
     return int(text)
@@ -132,6 +136,64 @@ def _add_generate(commands):
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
 
 
+def _preview(args: argparse.Namespace):
+    check_output_path(args.output, overwrite=args.force, extensions=(".png", ".mp4", ".wav"))
+    extension = args.output.lower()[-4:]
+    if extension == ".wav" and args.task != "audio":
+        raise ValueError(f"{args.task} has no sound; use .png or .mp4")
+    if extension == ".mp4" and (args.task == "text_to_image" or args.num_frames == 1):
+        raise ValueError("single frames make no film; use .png")
+    if not 1 <= args.num_samples <= MAX_PREVIEWS:
+        raise ValueError(f"--num-samples must be 1 to {MAX_PREVIEWS}, not {args.num_samples}")
+    if args.num_samples * (args.num_frames or 1) > MAX_PREVIEW_FRAMES:
+        raise ValueError(
+            f"{args.num_samples} samples of {args.num_frames} frames are too many to show: use at most "
+            f"{MAX_PREVIEW_FRAMES} frames in all"
+        )
+    samples = list(
+        data.dataset(
+            args.task,
+            args.split,
+            args.seed,
+            num_samples=args.num_samples,
+            height=args.height,
+            width=args.width,
+            num_frames=args.num_frames,
+            frame_rate=args.frame_rate,
+        )
+    )
+    if extension == ".png":
+        save_video([previews.sheet(samples)], args.output, MIN_FRAME_RATE)
+    elif extension == ".mp4":
+        frames, sound = previews.film(samples)
+        sampling_rate = None if sound is None else samples[0]["sampling_rate"]
+        save_video(frames, args.output, samples[0]["frame_rate"], sound, sampling_rate)
+    else:
+        save_audio(previews.sound(samples), args.output, samples[0]["sampling_rate"])
+    for sample in samples:
+        caption, truth = previews.describe(sample)
+        print(f"{sample['index']}: {caption}\n   {truth}")
+    print(f"path: {args.output}")
+
+
+def _add_toybox(commands):
+    commands = commands.add_parser("toybox", help="the world of the bundled checkpoint").add_subparsers(
+        metavar="command", required=True
+    )
+    parser = commands.add_parser("preview", help="show samples of a data set with their captions and truth")
+    parser.set_defaults(run=_preview)
+    parser.add_argument("task", choices=data.TASKS, help=", ".join(data.TASKS), metavar="task")
+    parser.add_argument("-o", "--output", required=True, help=".png for a sheet, .mp4 for a film, .wav for the sound")
+    parser.add_argument("--split", choices=data.SPLITS, default="train", help="train (default) or held_out")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the samples (default: %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--height", type=int, help="pixels (default: as the task has it)")
+    parser.add_argument("--width", type=int, help="pixels (default: as the task has it)")
+    parser.add_argument("--num-frames", type=int, help="frames a clip (default: 16)")
+    parser.add_argument("--frame-rate", type=_frame_rate, help="frames a second (default: 8)")
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit status.
 
@@ -139,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _Parser(prog="moviegen", description="Films and pictures from text with Movie Gen.")
     parser.add_argument("--version", action="version", version=f"moviegen {__version__}")
-    _add_generate(parser.add_subparsers(metavar="command", required=True))
+    commands = parser.add_subparsers(metavar="command", required=True)
+    _add_generate(commands)
+    _add_toybox(commands)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -1,7 +1,10 @@
-"""Writes generated frames to files: H.264 films, animated GIFs and PNG pictures."""
+"""Writes frames and sounds to files: H.264 films with AAC sound, animated GIFs, PNG pictures and WAV sounds."""
 
+import io
 import os
 import uuid
+import wave
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,6 +13,12 @@ from PIL import Image
 
 
 MIN_FRAME_RATE, MAX_FRAME_RATE = 1, 1000
+
+VIDEO_EXTENSIONS = (".mp4", ".gif", ".png")
+AUDIO_EXTENSIONS = (".wav",)
+
+# What AAC knows; other rates would need resampling.
+_AAC_SAMPLING_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
 
 def _as_uint8(frame) -> np.ndarray:
@@ -25,13 +34,31 @@ def _as_uint8(frame) -> np.ndarray:
     return np.rint(frame * 255.0).astype(np.uint8)
 
 
-def _write_mp4(frames: list[np.ndarray], path: Path, frame_rate: float):
+def _check_audio(audio: np.ndarray, sampling_rate: int | None):
+    if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
+        raise ValueError(f"audio must have the shape (channels, samples) with 1 or 2 channels, not {audio.shape}")
+    if not np.issubdtype(audio.dtype, np.floating):
+        raise ValueError(f"audio must be floating point in -1 to 1, not {audio.dtype}")
+    low, high = float(audio.min()), float(audio.max())
+    # Written so that NaN, which compares false, is refused as well.
+    if not (low >= -1.0 and high <= 1.0):
+        raise ValueError(f"audio must lie in -1 to 1, found {low:.4g} to {high:.4g}")
+    if sampling_rate is None or sampling_rate < 1:
+        raise ValueError(f"audio needs its sampling_rate, a whole number of samples a second, not {sampling_rate}")
+
+
+def _write_mp4(
+    frames: list[np.ndarray], path: Path, frame_rate: float, audio: np.ndarray | None, sampling_rate: int | None
+):
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 
     height, width = frames[0].shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"an .mp4 needs an even height and width, not {height} x {width}")
+    if audio is not None and sampling_rate not in _AAC_SAMPLING_RATES:
+        known = ", ".join(map(str, _AAC_SAMPLING_RATES))
+        raise ValueError(f"the sound of an .mp4 cannot have {sampling_rate} samples a second; use one of {known}")
     rate = Fraction(frame_rate).limit_denominator(1001)
     # Without `faststart` the index lies at the end of the file and a browser must load all of it before it plays. The
     # default clock of 1/1000 s would round the film's length.
@@ -44,6 +71,11 @@ def _write_mp4(frames: list[np.ndarray], path: Path, frame_rate: float):
         stream.codec_context.color_primaries = ColorPrimaries.BT709
         stream.codec_context.color_trc = ColorTrc.BT709
         stream.codec_context.color_range = ColorRange.MPEG
+        if audio is not None:
+            # Both streams must be known before the first packet is written.
+            layout = ("mono", "stereo")[len(audio) - 1]
+            sound_stream = container.add_stream("aac", rate=sampling_rate, layout=layout)
+            sound_stream.bit_rate = 128_000 * len(audio)
         for index, frame in enumerate(frames):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
                 format="yuv420p",
@@ -54,6 +86,12 @@ def _write_mp4(frames: list[np.ndarray], path: Path, frame_rate: float):
             picture.pts, picture.time_base = index, 1 / rate
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+        if audio is not None:
+            sound = np.ascontiguousarray(audio, dtype=np.float32)
+            sound = av.AudioFrame.from_ndarray(sound, format="fltp", layout=layout)
+            sound.pts, sound.sample_rate, sound.time_base = 0, sampling_rate, Fraction(1, sampling_rate)
+            container.mux(sound_stream.encode(sound))
+            container.mux(sound_stream.encode())
 
 
 def _write_gif(frames: list[np.ndarray], path: Path, frame_rate: float):
@@ -64,20 +102,22 @@ def _write_gif(frames: list[np.ndarray], path: Path, frame_rate: float):
     images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
 
 
-def check_output_path(path: str | Path, overwrite: bool = False):
-    """Refuse an output path that [`save_video`] could not write, before any work is done for it.
+def check_output_path(path: str | Path, overwrite: bool = False, extensions: tuple[str, ...] = VIDEO_EXTENSIONS):
+    """Refuse an output path that [`save_video`] or [`save_audio`] could not write, before any work is done for it.
 
     Args:
         path (`str` or `Path`): The file to be written.
         overwrite (`bool`, defaults to `False`): Whether a file of this name may be replaced.
+        extensions (`tuple[str, ...]`, defaults to `VIDEO_EXTENSIONS`): What the name may end with, in lower case.
 
     Raises:
-        ValueError: If the extension is none of .mp4, .gif and .png.
+        ValueError: If the extension is not one of `extensions`.
         OSError: If the folder is missing or cannot be written, or the file exists and `overwrite` is not set.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".mp4", ".gif", ".png"):
-        raise ValueError(f"unknown extension {path.suffix!r} of {path}; use .mp4, .gif or .png")
+    if path.suffix.lower() not in extensions:
+        known = " or ".join(filter(None, (", ".join(extensions[:-1]), extensions[-1])))
+        raise ValueError(f"unknown extension {path.suffix!r} of {path}; use {known}")
     if path.is_dir():
         raise OSError(f"{path} is a folder; name a file")
     if path.exists() and not overwrite:
@@ -97,11 +137,29 @@ def _temporary_beside(path: Path) -> Path:
     return path.with_name(f".moviegen-{uuid.uuid4().hex}.tmp")
 
 
-def save_video(frames, path: str | Path, frame_rate: float):
+def _write_atomically(path: Path, write: Callable[[Path], None]):
+    temporary = _temporary_beside(path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_video(
+    frames,
+    path: str | Path,
+    frame_rate: float,
+    audio: np.ndarray | None = None,
+    sampling_rate: int | None = None,
+):
     """Write frames to an .mp4, .gif or .png file, whichever the extension says.
 
-    An .mp4 is H.264 in yuv420p, tagged BT.709, with its index in front, which every browser plays. The file appears
-    under its name when it is complete: a failure or an interruption leaves a file of that name as it was.
+    An .mp4 is H.264 in yuv420p, tagged BT.709, with its index in front, which every browser plays. Its sound, if any,
+    is AAC and starts with the first frame. The file appears under its name when it is complete: a failure or an
+    interruption leaves a file of that name as it was.
 
     Args:
         frames (`np.ndarray` or sequence of `PIL.Image.Image`):
@@ -110,10 +168,14 @@ def save_video(frames, path: str | Path, frame_rate: float):
         path (`str` or `Path`): The file to write; an existing one is replaced.
         frame_rate (`float`):
             Frames a second, 1 to 1000. An .mp4 has it exactly, a .gif rounds each frame's end to 1/100 s.
+        audio (`np.ndarray`, *optional*):
+            Sound of an .mp4: floating point in -1 to 1 of the shape (channels, samples), mono or stereo.
+        sampling_rate (`int`, *optional*): Samples a second of `audio`, one of the rates of AAC from 8000 to 96000.
 
     Raises:
         ValueError: If the extension is unknown, there are no frames, their shapes differ or values are out of range,
-            a .png gets more than one frame, an .mp4 an odd height or width, or `frame_rate` is out of range.
+            a .png gets more than one frame, an .mp4 an odd height or width, `frame_rate` is out of range, or the sound
+            does not fit the description above or the file.
         OSError: If the file cannot be written.
     """
     check_output_path(path, overwrite=True)
@@ -128,17 +190,40 @@ def save_video(frames, path: str | Path, frame_rate: float):
     extension = path.suffix.lower()
     if extension == ".png" and len(frames) != 1:
         raise ValueError(f"a .png holds one frame, not {len(frames)}; use .mp4 or .gif")
+    if audio is not None:
+        if extension != ".mp4":
+            raise ValueError(f"a {extension} holds no sound; use .mp4, or leave the audio out")
+        _check_audio(audio, sampling_rate)
 
-    temporary = _temporary_beside(path)
-    try:
+    def write(temporary: Path):
         if extension == ".mp4":
-            _write_mp4(frames, temporary, frame_rate)
+            _write_mp4(frames, temporary, frame_rate, audio, sampling_rate)
         elif extension == ".gif":
             _write_gif(frames, temporary, frame_rate)
         else:
             Image.fromarray(frames[0]).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    _write_atomically(path, write)
+
+
+def save_audio(audio: np.ndarray, path: str | Path, sampling_rate: int):
+    """Write a sound to a .wav file of 16 bits a sample, as a whole or, on a failure, not at all.
+
+    Args:
+        audio (`np.ndarray`): Floating point in -1 to 1 of the shape (channels, samples), mono or stereo.
+        path (`str` or `Path`): The file to write; an existing one is replaced.
+        sampling_rate (`int`): Samples a second.
+
+    Raises:
+        ValueError: If the extension is not .wav, or the sound does not fit the description above.
+        OSError: If the file cannot be written.
+    """
+    check_output_path(path, overwrite=True, extensions=AUDIO_EXTENSIONS)
+    _check_audio(audio, sampling_rate)
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(len(audio))
+        file.setsampwidth(2)
+        file.setframerate(sampling_rate)
+        file.writeframes(np.rint(audio.T * 32767).astype("<i2").tobytes())
+    _write_atomically(Path(path), lambda temporary: temporary.write_bytes(content.getvalue()))

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import av
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 import diffusers_moviegen
-from diffusers_moviegen import MovieGenPipeline, cli
+from diffusers_moviegen import MovieGenPipeline, cli, toybox
 from diffusers_moviegen.cli import main
 from diffusers_moviegen.media import save_video
+from diffusers_moviegen.toybox import previews
+from diffusers_moviegen.toybox.data import TASKS
 from tests.tiny import MAX_FRAMES, MAX_SIZE
 
 
@@ -275,6 +278,90 @@ def test_the_default_model_is_the_bundled_one(model, work, monkeypatch):
     assert main(["generate", PROMPT, "--steps", "2", "-o", "bundled.png"]) == 0
     assert generate(model, "-o", "named.png") == 0
     assert (work / "bundled.png").read_bytes() == (work / "named.png").read_bytes()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_preview_draws_a_sheet_and_tells_the_truth(work, capsys, task):
+    assert main(["toybox", "preview", task, "-o", "sheet.png", "--num-samples", "2", "--seed", "5"]) == 0
+    samples = list(toybox.dataset(task, seed=5, num_samples=2))
+    with Image.open("sheet.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(previews.sheet(samples)))
+    output = capsys.readouterr()
+    expected = [f"{i}: {caption}\n   {truth}" for i, (caption, truth) in enumerate(map(previews.describe, samples))]
+    assert output.out == "\n".join([*expected, "path: sheet.png\n"])
+    assert output.err == ""
+
+
+def test_preview_options(work):
+    options = ["--split", "held_out", "--seed", "1", "--num-samples", "3", "--height", "96", "--width", "64"]
+    options += ["--num-frames", "6", "--frame-rate", "12"]
+    assert main(["toybox", "preview", "text_to_video", "-o", "film.mp4", *options]) == 0
+    dataset = toybox.dataset(
+        "text_to_video", "held_out", 1, num_samples=3, height=96, width=64, num_frames=6, frame_rate=12
+    )
+    frames, _ = previews.film(list(dataset))
+    save_video(frames, "expected.mp4", 12)
+    assert (work / "film.mp4").read_bytes() == (work / "expected.mp4").read_bytes()
+    with av.open("film.mp4") as container:
+        (stream,) = container.streams
+        assert (stream.frames, stream.average_rate) == (6, 12)
+    assert main(["toybox", "preview", "text_to_video", "-o", "film.mp4", "--force"]) == 0
+    with av.open("film.mp4") as container:
+        assert (container.streams.video[0].frames, container.streams.video[0].average_rate) == (16, 8)
+
+
+def test_preview_of_sounds(work):
+    assert main(["toybox", "preview", "audio", "-o", "film.mp4", "--num-samples", "2"]) == 0
+    assert main(["toybox", "preview", "audio", "-o", "sound.wav", "--num-samples", "2"]) == 0
+    samples = list(toybox.dataset("audio", num_samples=2))
+    with av.open("film.mp4") as container:
+        picture, sound = container.streams
+        assert (picture.frames, sound.rate, sound.channels) == (32, 48000, 1)
+        assert [float(stream.duration * stream.time_base) for stream in (picture, sound)] == [4, 4]
+        decoded = np.concatenate([frame.to_ndarray() for frame in container.decode(sound)], axis=1)[0, : 2 * 96000]
+    expected = np.concatenate([sample["audio"][0].numpy() for sample in samples])
+    assert np.corrcoef(decoded, expected)[0, 1] > 0.98
+    with wave.open("sound.wav") as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (1, 48000, 2 * 96000 + 24000)
+        content = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2") / 32767
+    np.testing.assert_allclose(content[:96000], samples[0]["audio"][0].numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["develop", "-o", "sheet.png"], "argument task: invalid choice: 'develop'"),
+        (["edit"], "the following arguments are required: -o/--output"),
+        (["edit", "-o", "sheet.jpg"], "unknown extension '.jpg' of sheet.jpg; use .png, .mp4 or .wav"),
+        (["edit", "-o", "mine.png"], "mine.png exists; choose another name, or have it replaced (--force)"),
+        (["edit", "-o", "missing/sheet.png"], "there is no folder missing for sheet.png"),
+        (["edit", "-o", "sound.wav"], "edit has no sound; use .png or .mp4"),
+        (["text_to_image", "-o", "film.mp4"], "single frames make no film; use .png"),
+        (["edit", "-o", "film.mp4", "--num-frames", "1"], "single frames make no film; use .png"),
+        (["audio", "-o", "sound.wav", "--num-frames", "1"], "too short for a sound: 1 frame(s) at 8 frames a second"),
+        (["edit", "-o", "sheet.png", "--split", "test"], "argument --split: invalid choice: 'test'"),
+        (["edit", "-o", "sheet.png", "--seed", "-1"], "argument --seed: must be a whole number"),
+        (["edit", "-o", "sheet.png", "--num-samples", "0"], "--num-samples must be 1 to 100, not 0"),
+        (["edit", "-o", "sheet.png", "--num-samples", "101"], "--num-samples must be 1 to 100, not 101"),
+        (
+            ["edit", "-o", "sheet.png", "--num-frames", "251"],
+            "8 samples of 251 frames are too many to show",
+        ),
+        (["edit", "-o", "sheet.png", "--height", "50"], "there is no edit of 50 x 64 (height x width): use one of"),
+        (["edit", "-o", "sheet.png", "--num-frames", "0"], "`num_frames` must be at least 1, not 0"),
+        (["edit", "-o", "sheet.png", "--frame-rate", "0"], "--frame-rate: must be a number from 1 to 1000, not '0'"),
+        (["text_to_image", "-o", "sheet.png", "--frame-rate", "8"], "text_to_image has single frames"),
+    ],
+)
+def test_bad_previews(work, capsys, arguments, message):
+    (work / "mine.png").write_text("mine")
+    assert message in refused(capsys, "toybox", "preview", *arguments)
+    assert os.listdir() == ["mine.png"]
+    assert (work / "mine.png").read_text() == "mine"
+
+
+def test_toybox_needs_a_command(capsys):
+    assert "required: command" in refused(capsys, "toybox")
 
 
 def test_installed_command():

@@ -1,5 +1,6 @@
 import os
 import resource
+import wave
 
 import av
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from diffusers_moviegen import media
-from diffusers_moviegen.media import check_output_path, save_video
+from diffusers_moviegen.media import check_output_path, save_audio, save_video
 
 
 def moving_square(num_frames=16, height=64, width=96):
@@ -18,6 +19,20 @@ def moving_square(num_frames=16, height=64, width=96):
     for index, frame in enumerate(frames):
         frame[24:40, 4 * index : 4 * index + 16] = (220, 40, 40)
     return frames
+
+
+def struck_bell(seconds=2.0, sampling_rate=48000, strike=0.5):
+    """Silence up to the strike, then a tone of 880 Hz that starts suddenly and decays; shape (1, samples)."""
+    time = np.arange(round(seconds * sampling_rate)) / sampling_rate - strike
+    tone = 0.6 * np.sin(2 * np.pi * 880 * time) * np.exp(-np.maximum(time, 0) / 0.08)
+    return np.where(time >= 0, tone, 0).astype(np.float32)[None]
+
+
+def decode_sound(path):
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+        assert frames[0].pts == 0
+        return np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
 
 
 def decode(path):
@@ -60,6 +75,82 @@ def test_mp4_shows_the_frames(tmp_path):
     for index in range(16):
         centre = decoded[index, 28:36, 4 * index + 4 : 4 * index + 12].reshape(-1, 3).mean(axis=0)
         assert np.abs(centre - (220, 40, 40)).max() < 4
+
+
+@pytest.mark.parametrize("frame_rate, sampling_rate, channels", [(8, 48000, 1), (24, 44100, 2), (29.97, 48000, 2)])
+def test_sound_and_picture_of_an_mp4_start_and_end_together(tmp_path, frame_rate, sampling_rate, channels):
+    frames = moving_square(round(2 * frame_rate))
+    seconds = len(frames) / frame_rate
+    audio = struck_bell(seconds, sampling_rate).repeat(channels, axis=0)
+    audio[1:] *= -0.5
+    save_video(frames, tmp_path / "film.mp4", frame_rate, audio, sampling_rate)
+    with av.open(str(tmp_path / "film.mp4")) as container:
+        picture, sound = container.streams
+        assert (picture.codec_context.name, sound.codec_context.name) == ("h264", "aac")
+        assert (sound.rate, sound.channels) == (sampling_rate, channels)
+        assert picture.start_time == sound.start_time == 0
+        assert float(picture.duration * picture.time_base) == pytest.approx(seconds, abs=1e-3)
+        assert float(sound.duration * sound.time_base) == pytest.approx(seconds, abs=1e-3)
+        assert [frame.time for frame in container.decode(picture)][:2] == pytest.approx([0, 1 / frame_rate])
+    content = (tmp_path / "film.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    assert psnr(decode(tmp_path / "film.mp4"), frames) > 34
+    # AAC works on blocks of 1024 samples: one that starts late would be off by hundreds of samples.
+    decoded = decode_sound(tmp_path / "film.mp4")[:, : audio.shape[1]]
+    assert decoded.shape == audio.shape
+    lags = [np.sum(np.roll(decoded, -lag, axis=1) * audio) for lag in range(-1100, 1101)]
+    assert np.argmax(lags) == 1100
+    assert np.abs(decoded - audio).max() < 0.05 and np.abs(decoded - audio).mean() < 0.002
+
+
+def test_wav_is_exact(tmp_path):
+    audio = struck_bell(0.5, 16000, strike=0.1).repeat(2, axis=0)
+    audio[1] = np.linspace(-1, 1, audio.shape[1])
+    save_audio(audio, tmp_path / "sound.WAV", 16000)
+    with wave.open(str(tmp_path / "sound.WAV")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (2, 2, 16000)
+        samples = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").reshape(-1, 2).T
+    assert samples.shape == audio.shape
+    assert np.abs(samples / 32767 - audio).max() <= 0.5 / 32767 + 1e-7
+    assert samples[1, 0] == -32767 and samples[1, -1] == 32767
+
+
+@pytest.mark.parametrize(
+    "audio, sampling_rate, message",
+    [
+        (np.zeros((3, 100), np.float32), 48000, r"1 or 2 channels, not \(3, 100\)"),
+        (np.zeros(100, np.float32), 48000, r"not \(100,\)"),
+        (np.zeros((1, 0), np.float32), 48000, r"not \(1, 0\)"),
+        (np.zeros((1, 100), np.int16), 48000, "floating point in -1 to 1, not int16"),
+        (np.full((1, 100), 1.5), 48000, "-1 to 1, found 1.5 to 1.5"),
+        (np.full((1, 100), np.nan), 48000, "-1 to 1, found nan to nan"),
+        (np.zeros((1, 100)), None, "needs its sampling_rate, .* not None"),
+        (np.zeros((1, 100)), 0, "needs its sampling_rate, .* not 0"),
+    ],
+)
+def test_refused_sounds_leave_the_folder_as_it_was(tmp_path, audio, sampling_rate, message):
+    for name in ("film.mp4", "sound.wav"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=message):
+        save_video(moving_square(1), tmp_path / "film.mp4", 8, audio, sampling_rate)
+    with pytest.raises(ValueError, match=message):
+        save_audio(audio, tmp_path / "sound.wav", sampling_rate)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "sound.wav"]
+    assert all(path.read_text() == "mine" for path in tmp_path.iterdir())
+
+
+def test_sounds_go_where_sounds_belong(tmp_path):
+    audio = struck_bell(0.1)
+    for name in ("film.gif", "film.png"):
+        with pytest.raises(ValueError, match=f"a {name[-4:]} holds no sound; use .mp4"):
+            save_video(moving_square(1), tmp_path / name, 8, audio, 48000)
+    with pytest.raises(ValueError, match="cannot have 12345 samples a second; use one of 8000, .*, 96000"):
+        save_video(moving_square(1), tmp_path / "film.mp4", 8, audio, 12345)
+    with pytest.raises(ValueError, match="unknown extension '.mp3' of .*; use .wav$"):
+        save_audio(audio, tmp_path / "sound.mp3", 48000)
+    with pytest.raises(ValueError, match="unknown extension '.wav' of .*; use .mp4, .gif or .png$"):
+        save_video(moving_square(1), tmp_path / "sound.wav", 8)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("frame_rate", [7, 8, 24])
@@ -164,7 +255,18 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, name, full_disk):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film.png"])
+def test_a_full_disk_leaves_the_old_sound(tmp_path, full_disk):
+    (tmp_path / "sound.wav").write_text("mine")
+    (tmp_path / "film.mp4").write_text("mine")
+    with pytest.raises(OSError, match=f"^cannot write {tmp_path / 'sound.wav'}: File too large$"):
+        save_audio(struck_bell(), tmp_path / "sound.wav", 48000)
+    with pytest.raises(OSError, match=f"^cannot write {tmp_path / 'film.mp4'}: File too large$"):
+        save_video(moving_square(8), tmp_path / "film.mp4", 8, struck_bell(), 48000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "sound.wav"]
+    assert all(path.read_text() == "mine" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.gif", "film.png", "sound.wav"])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     def interrupt(source, destination):
         assert os.path.getsize(source) > 0
@@ -173,6 +275,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     (tmp_path / name).write_text("mine")
     monkeypatch.setattr(media.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        save_video(moving_square(1), tmp_path / name, 8)
+        if name == "sound.wav":
+            save_audio(struck_bell(), tmp_path / name, 48000)
+        else:
+            save_video(moving_square(1), tmp_path / name, 8)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"

@@ -28,7 +28,14 @@ from transformers import HfArgumentParser
 
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.judges.sight import MAX_COLOUR_DISTANCE
-from diffusers_moviegen.toybox.scenes import Scenes, draw_scenes, draw_two_object_scenes, render, sample_tuples
+from diffusers_moviegen.toybox.scenes import (
+    Scenes,
+    draw_scenes,
+    draw_two_object_scenes,
+    render,
+    sample_tuple_pairs,
+    sample_tuples,
+)
 from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, core_tuples, is_held_out
 from diffusers_moviegen.training import (
     check_model_folder,
@@ -161,7 +168,7 @@ def draw_crowd(count: int, generator: torch.Generator, num_objects: int = 4) -> 
     crowd = {
         part.name: torch.cat([getattr(layer, part.name) for layer in layers], dim=1)
         for part in fields(Scenes)
-        if part.name != "background"
+        if part.name not in ("background", "camera", "checkered", "letters")
     }
     crowd["x"], crowd["y"] = (torch.rand(count, num_objects, generator=generator) for _ in range(2))
     return Scenes(**crowd, background=layers[0].background)
@@ -173,7 +180,7 @@ def draw_varied_scenes(args: Arguments, count: int, generator: torch.Generator) 
     if kind < 0.4:
         return draw_scenes(sample_tuples(count, generator), generator)
     if kind < 0.6:
-        return draw_two_object_scenes(count, generator, args.height, args.width)
+        return draw_two_object_scenes(sample_tuple_pairs(count, generator), generator, args.height, args.width)
     return draw_crowd(count, generator)
 
 

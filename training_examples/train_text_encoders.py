@@ -40,7 +40,16 @@ from transformers import (
 )
 
 from diffusers_moviegen.toybox import captions, scenes
-from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, is_held_out
+from diffusers_moviegen.toybox.vocabulary import (
+    BACKGROUNDS,
+    CAMERAS,
+    COLOURS,
+    CORNERS,
+    MOTIONS,
+    SHAPES,
+    TWO_OBJECT_MOTIONS,
+    is_held_out,
+)
 from diffusers_moviegen.training import check_positive
 
 
@@ -121,13 +130,13 @@ FIELDS = {
     "shape": SHAPES,
     "motion": MOTIONS,
     "background": tuple(BACKGROUNDS),
-    "camera": captions.CAMERAS,
+    "camera": CAMERAS,
     "quality": tuple(range(1, 11)),
     "edit": tuple(captions.EDIT_INSTRUCTIONS),
     "new_colour": tuple(COLOURS),
     "new_shape": SHAPES,
     "new_background": tuple(BACKGROUNDS),
-    "corner": captions.CORNERS,
+    "corner": CORNERS,
 }
 """What the auxiliary heads tell apart, and its values."""
 
@@ -513,21 +522,17 @@ def draw_pictures(
         where that would say nothing wrong), and keys that are equal for pictures with the same content.
     """
     part = count // 4
-    still_index = MOTIONS.index("stays still")
-    two_still = None
-    while two_still is None or len(two_still) < part:
-        # Objects that keep apart while they move may touch once they are stopped, and their tuples be held out.
-        drawn = scenes.draw_two_object_scenes(2 * part, generator, 64, 64)
-        drawn.motion.fill_(still_index)
-        x, y, radius, _ = scenes.trajectories(drawn, torch.zeros(1), 64, 64)
-        apart = (torch.hypot(x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]) - radius.sum(1) >= 2).squeeze(1).tolist()
-        kept = [i for i in range(len(drawn)) if apart[i] and not any(is_held_out(*t) for t in drawn.tuples(i))]
-        two_still = drawn[kept[:part]]
+    still = ("stays still",)
+
+    def two_objects(motions: tuple[str, ...]) -> scenes.Scenes:
+        pairs = scenes.sample_tuple_pairs(part, generator, motions=motions)
+        return scenes.draw_two_object_scenes(pairs, generator, 64, 64)
+
     groups = (
-        (scenes.draw_scenes(scenes.sample_tuples(part, generator, motions=("stays still",)), generator), True),
+        (scenes.draw_scenes(scenes.sample_tuples(part, generator, motions=still), generator), True),
         (scenes.draw_scenes(scenes.sample_tuples(part, generator), generator), False),
-        (two_still, True),
-        (scenes.draw_two_object_scenes(part, generator, 64, 64), False),
+        (two_objects(still), True),
+        (two_objects(TWO_OBJECT_MOTIONS), False),
     )
     pictures, texts, swapped_texts, keys = [], [], [], []
     for group, single_frame in groups:

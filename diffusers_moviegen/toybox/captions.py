@@ -9,7 +9,25 @@ import functools
 import random
 import string
 
-from .vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SPINNING_SHAPES, core_tuples, is_held_out
+from .vocabulary import (
+    AMBIENCES,
+    BACKGROUNDS,
+    CAMERAS,
+    COLOURS,
+    CORNERS,
+    EVENTS,
+    LUMA_WEIGHTS,
+    MOTIONS,
+    PERSON_MOTIONS,
+    SHAPES,
+    SPINNING_SHAPES,
+    TEXT_MOTIONS,
+    TWO_OBJECT_MOTIONS,
+    VOICES,
+    core_tuples,
+    is_held_out,
+    is_sound_held_out,
+)
 
 
 SHAPE_NOUNS = {
@@ -111,33 +129,6 @@ TWO_OBJECT_PHRASINGS = (
 )
 """Phrasings for two objects other than the core one, as (clip, single frame without motion)."""
 
-TEXT_MOTIONS = ("stays still", "moves left", "moves right", "spins")
-"""Motions that leave room for a written word."""
-
-TWO_OBJECT_MOTIONS = tuple(motion for motion in MOTIONS if motion != "bounces")
-"""Motions two objects can have side by side."""
-
-CAMERAS = ("Pan left", "Pan right", "Zoom in", "Zoom out")
-"""Camera words; a caption starts with them and a full stop."""
-
-PERSON_MOTIONS = ("stays still", "moves left", "moves right", "moves up", "moves down", "bounces")
-"""Motions a person can have."""
-
-VOICES = {"circle": "bell", "square": "buzzer", "triangle": "flute", "star": "shaker", "ring": "chime"}
-"""What each shape sounds like."""
-
-AMBIENCES = {
-    "black": None,
-    "grey": "a low rumble",
-    "navy": "rain",
-    "brown": "crickets",
-    "pink": "soft music",
-}
-"""What is heard behind each background."""
-
-CORNERS = ("top left", "top right", "bottom left", "bottom right")
-"""Where an edit can add an object."""
-
 EDIT_INSTRUCTIONS = {
     "recolour": "make the {shape} {new_colour}",
     "replace": "turn the {shape} into a {new_shape}",
@@ -150,7 +141,18 @@ EDIT_INSTRUCTIONS = {
 }
 """Instruction of each edit. "black and white" and "invert" are the two edits of the task "style"."""
 
-CAPTION_KINDS = ("core", "phrasing", "still", "two_objects", "text", "camera", "person", "sound", "edit")
+CAPTION_KINDS = (
+    "core",
+    "phrasing",
+    "still",
+    "two_objects",
+    "text",
+    "camera",
+    "checkered",
+    "person",
+    "sound",
+    "edit",
+)
 """Corpora `sample_caption` can draw from."""
 
 
@@ -231,13 +233,10 @@ def add_camera(caption: str, camera: str) -> str:
 
 def sound_event(shape: str, motion: str, has_strike: bool = True) -> str | None:
     """What an object is heard doing, or `None`. A bounce is heard only if the clip holds a floor touch."""
-    voice = VOICES[shape]
-    if motion == "stays still" or (motion == "bounces" and not has_strike):
+    event = EVENTS[motion]
+    if event is None or (motion == "bounces" and not has_strike):
         return None
-    if motion.startswith("moves "):
-        return "a whoosh passes"
-    verb = {"bounces": "knocks", "grows": "glides up", "shrinks": "glides down", "spins": "warbles"}[motion]
-    return f"a {voice} {verb}"
+    return "a whoosh passes" if event == "passes" else f"a {VOICES[shape]} {event}"
 
 
 def sound_caption(shape: str, motion: str, background: str, has_strike: bool = True) -> str:
@@ -266,8 +265,7 @@ def _sound_tuples(held_out: bool) -> list[tuple[str, str, str]]:
         for shape in SHAPES
         for motion in MOTIONS
         for background in BACKGROUNDS
-        if (motion != "spins" or shape in SPINNING_SHAPES)
-        and is_held_out("sound", shape, motion, background) == held_out
+        if (motion != "spins" or shape in SPINNING_SHAPES) and is_sound_held_out(shape, motion, background) == held_out
     ]
 
 
@@ -298,7 +296,7 @@ def _sample_two_objects(rng: random.Random, held_out: bool, single_frame: bool) 
 def _survives_black_and_white(colour: str, background: str) -> bool:
     """Whether object and ground stay apart without colour (lumas 30 or more apart) and lose some by it."""
     values = COLOURS[colour], BACKGROUNDS[background]
-    lumas = [0.2126 * red + 0.7152 * green + 0.0722 * blue for red, green, blue in values]
+    lumas = [sum(weight * level for weight, level in zip(LUMA_WEIGHTS, value, strict=True)) for value in values]
     return abs(lumas[0] - lumas[1]) >= 30 and any(max(value) - min(value) >= 20 for value in values)
 
 
@@ -332,17 +330,21 @@ def _sample_edit(rng: random.Random, held_out: bool) -> tuple[str, dict]:
             return EDIT_INSTRUCTIONS[edit].format(**fields), fields
 
 
-def sample_caption(kind: str, rng: random.Random, held_out: bool = False) -> tuple[str, dict]:
+def sample_caption(
+    kind: str, rng: random.Random, held_out: bool = False, single_frame: bool | None = None
+) -> tuple[str, dict]:
     """
     Draw one sentence of a corpus together with what it says.
 
     Args:
-        kind: one of `CAPTION_KINDS`. "still" and "two_objects" mix the core caption with the other phrasings; "still"
-            describes single frames, and half of "two_objects", "text" and "person" does.
+        kind: one of `CAPTION_KINDS`. "still", "two_objects", "text", "camera" and "checkered" mix the core caption
+            with the other phrasings; "checkered" has the ground of "camera" without its words.
         rng: source of randomness.
         held_out: draw from the tuples reserved for evaluation instead of the training tuples. A sentence about several
             tuples (two objects; source and target of an edit) is held out if any of them is. Persons have no colour or
             shape, hence no held-out tuples: their identities are what evaluations draw anew.
+        single_frame: whether the sentence describes a single frame. By default "still" does, half of "two_objects",
+            "text" and "person" does, and nothing else.
 
     Returns:
         The text, and its fields: "colour", "shape", "motion", "background" as far as they apply (a single frame has
@@ -351,12 +353,16 @@ def sample_caption(kind: str, rng: random.Random, held_out: bool = False) -> tup
         "corner" where the edit names them.
 
     Raises:
-        ValueError: if `kind` is unknown, or held-out persons are asked for.
+        ValueError: if `kind` is unknown, held-out persons are asked for, or `single_frame` is given where the kind
+            leaves no choice: "still", "camera", "sound" and "edit".
     """
     if kind not in CAPTION_KINDS:
         raise ValueError(f"unknown kind of caption {kind!r}: choose one of {', '.join(CAPTION_KINDS)}")
+    if single_frame is not None and kind in ("still", "camera", "sound", "edit"):
+        raise ValueError(f"`single_frame` cannot be chosen for captions of the kind {kind!r}; leave it out")
+    if single_frame is None:
+        single_frame = kind == "still" or (kind in ("two_objects", "text", "person") and rng.random() < 0.5)
     if kind == "two_objects":
-        single_frame = rng.random() < 0.5
         text, fields = _sample_two_objects(rng, held_out, single_frame)
         return text, fields | {"single_frame": single_frame}
     if kind == "edit":
@@ -364,7 +370,6 @@ def sample_caption(kind: str, rng: random.Random, held_out: bool = False) -> tup
     if kind == "person":
         if held_out:
             raise ValueError("captions of persons have no held-out tuples: draw new identities instead")
-        single_frame = rng.random() < 0.5
         motion = "stays still" if single_frame else rng.choice(PERSON_MOTIONS)
         background = rng.choice(list(BACKGROUNDS))
         fields = {"motion": motion, "background": background, "single_frame": single_frame}
@@ -382,7 +387,6 @@ def sample_caption(kind: str, rng: random.Random, held_out: bool = False) -> tup
         text = sound_caption(shape, motion, background, fields["has_strike"])
         return sound_prefix(fields["quality"], fields["music"]) + text, fields
 
-    single_frame = kind == "still" or (kind == "text" and rng.random() < 0.5)
     motions = ("stays still",) if single_frame else TEXT_MOTIONS if kind == "text" else MOTIONS
     colour, shape, motion, background = rng.choice(_tuples(held_out, motions))
     fields = {
@@ -393,7 +397,7 @@ def sample_caption(kind: str, rng: random.Random, held_out: bool = False) -> tup
         "single_frame": single_frame,
     }
     said_motion = None if single_frame else motion
-    said_background = f"checkered {background}" if kind == "camera" else background
+    said_background = f"checkered {background}" if kind in ("camera", "checkered") else background
     if kind == "phrasing" or (kind != "core" and rng.random() < 0.5):
         text = phrase(colour, shape, said_motion, said_background, rng)
     else:

@@ -1,6 +1,7 @@
 """Scenes against an independent reading of the world: closed forms and brute force in float64 NumPy."""
 
 import math
+import string
 
 import numpy as np
 import pytest
@@ -12,19 +13,24 @@ from diffusers_moviegen.toybox.scenes import (
     draw_scenes,
     draw_two_object_scenes,
     render,
+    sample_tuple_pairs,
     sample_tuples,
     signed_distance,
     trajectories,
 )
 from diffusers_moviegen.toybox.vocabulary import (
     BACKGROUNDS,
+    CAMERAS,
     COLOURS,
     MOTIONS,
     SHAPES,
     SPINNING_SHAPES,
+    TEXT_MOTIONS,
+    TWO_OBJECT_MOTIONS,
     core_tuples,
     is_held_out,
 )
+from tests.toybox import reference_scenes
 
 
 def scene(*objects, background="black", **shared):
@@ -41,68 +47,37 @@ def scene(*objects, background="black", **shared):
     return Scenes(**indices, **numbers, background=torch.tensor([list(BACKGROUNDS).index(background)]))
 
 
-def expected_path(motion, radius, x, y, rate, phase, tau, height, width):
-    """Centre, radius and clockwise angle in pixels and degrees, one moment at a time."""
-    side = min(height, width)
-    u = (tau / 2) % 2
-    u = 2 - u if u > 1 else u
-    place, r, degrees = [x * width, y * height], radius * side, 0.0
-    if motion == "moves left":
-        place[0] = width / 2 - (u - 0.5) * width / 2
-    elif motion == "moves right":
-        place[0] = width / 2 + (u - 0.5) * width / 2
-    elif motion == "moves up":
-        place[1] = height / 2 - (u - 0.5) * height / 2
-    elif motion == "moves down":
-        place[1] = height / 2 + (u - 0.5) * height / 2
-    elif motion == "bounces":
-        place[1] = 0.80 * height - r - abs(math.sin(math.pi * (rate * tau + phase))) * 0.40 * height
-    elif motion == "grows":
-        r *= 0.5 + u
-    elif motion == "shrinks":
-        r *= 1.5 - u
-    elif motion == "spins":
-        degrees = 360 * u
-    return place[0], place[1], r, degrees
+def objects_of(scenes, index):
+    """The objects of one scene as the reference wants them."""
+    numbers = ("radius", "x", "y", "touch_rate", "touch_phase")
+    return [
+        dict(zip(("colour", "shape", "motion"), words, strict=False))
+        | {name: getattr(scenes, name)[index, i].item() for name in numbers}
+        for i, words in enumerate(scenes.tuples(index))
+    ]
 
 
-def corners(shape, radius, degrees):
-    """Corners of a polygon about the origin, turned clockwise; y points down."""
-    if shape == "square":
-        half = 0.85 * radius
-        points = np.array([(-half, -half), (half, -half), (half, half), (-half, half)])
-    else:
-        reach = [1.0] * 3 if shape == "triangle" else [1.0, 0.45] * 5
-        turns = 2 * math.pi * np.arange(len(reach)) / len(reach)
-        points = radius * np.array(reach)[:, None] * np.stack([np.sin(turns), -np.cos(turns)], axis=1)
-    # Turning the x axis (right) towards the y axis (down) is clockwise on the screen.
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return np.stack([points[:, 0] * c - points[:, 1] * s, points[:, 0] * s + points[:, 1] * c], axis=1)
-
-
-def expected_distance(shape, x, y, radius, degrees=0.0):
-    """Signed distance, negative inside: the nearest of all edges, the sign by counting crossings."""
-    if shape in ("circle", "ring"):
-        distance = np.sqrt(x * x + y * y)
-        return distance - radius if shape == "circle" else np.abs(distance - 0.75 * radius) - 0.25 * radius
-    points = corners(shape, radius, degrees)
-    nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, dtype=bool)
-    for (ax, ay), (bx, by) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        ex, ey = bx - ax, by - ay
-        t = np.clip(((x - ax) * ex + (y - ay) * ey) / (ex * ex + ey * ey), 0, 1)
-        nearest = np.minimum(nearest, np.sqrt((x - ax - t * ex) ** 2 + (y - ay - t * ey) ** 2))
-        if ey != 0:
-            inside ^= ((ay > y) != (by > y)) & (x < ax + (y - ay) * ex / ey)
-    return np.where(inside, -nearest, nearest)
-
-
-def expected_frame(shape, colour, background, path, height, width):
-    """One frame `(3, height, width)`, not yet rounded."""
-    x, y, radius, degrees = path
-    rows, columns = np.mgrid[:height, :width] + 0.5
-    alpha = np.clip(0.5 - expected_distance(shape, columns - x, rows - y, radius, degrees), 0, 1)
-    ground = np.array(BACKGROUNDS[background], dtype=np.float64)[:, None, None]
-    return ground + alpha * (np.array(COLOURS[colour], dtype=np.float64)[:, None, None] - ground)
+def assert_as_in_the_reference(scenes, frames, frame_rate, height, width):
+    """Every pixel of the frames is within rounding of the reference, but for those whose centre lies on a seam."""
+    video = render(scenes, max(frames) + 1, frame_rate, height, width).numpy()
+    for i in range(len(scenes)):
+        camera, background = scenes.camera[i].item(), scenes.tuples(i)[0][3]
+        camera = None if camera < 0 else CAMERAS[camera]
+        checkered = scenes.checkered[i].item()
+        for frame in frames:
+            tau = frame / frame_rate
+            expected = reference_scenes.frame(
+                objects_of(scenes, i), background, tau, height, width, camera, checkered, scenes.word(i)
+            )
+            # Half a level of rounding, and what float32 adds to places and distances.
+            wrong = np.abs(video[i, :, frame] - expected).max(axis=0) >= 0.52
+            if checkered:
+                x, y = reference_scenes.plane_of(camera, tau, height, width)
+                cells = np.stack([x, y]) / (min(height, width) / 4)
+                on_seam = (np.abs(cells - cells.round()) < 1e-4).any(axis=0)
+                assert on_seam.mean() < 0.1
+                wrong &= ~on_seam
+            assert not wrong.any(), (scenes.tuples(i), camera, scenes.word(i), frame, wrong.sum())
 
 
 def coverage_of(video):
@@ -178,11 +153,9 @@ def test_rendering_against_brute_force(shape, frame_rate, height, width, frames)
     video = render(drawn, max(frames) + 1, frame_rate, height, width)
     assert video.dtype == torch.uint8
     assert video.shape == (len(motions), 3, max(frames) + 1, height, width)
-    for i, (colour, _, motion, background) in enumerate(tuples):
-        numbers = [getattr(drawn, n)[i, 0].item() for n in ("radius", "x", "y", "touch_rate", "touch_phase")]
+    for i, (_, _, motion, background) in enumerate(tuples):
         for frame in frames:
-            path = expected_path(motion, *numbers, frame / frame_rate, height, width)
-            expected = expected_frame(shape, colour, background, path, height, width)
+            expected = reference_scenes.frame(objects_of(drawn, i), background, frame / frame_rate, height, width)
             # Half a level of rounding, and what float32 adds to places and distances.
             worst = np.abs(video[i, :, frame].numpy() - expected).max()
             assert worst < 0.52, (motion, frame, worst)
@@ -217,7 +190,7 @@ def test_signed_distance_against_every_edge(shape):
             torch.tensor(rows, dtype=torch.float32),
             torch.tensor(radius),
         )
-        np.testing.assert_allclose(got.numpy(), expected_distance(shape, columns, rows, radius), atol=2e-4)
+        np.testing.assert_allclose(got.numpy(), reference_scenes.distance(shape, columns, rows, radius), atol=2e-4)
 
 
 def test_unknown_shape_is_named():
@@ -305,7 +278,7 @@ def test_single_frame_shows_the_start():
     still = scene(x=0.4, y=0.6, radius=0.15)
     video = render(still, num_frames=1, height=96, width=64)
     assert video.shape == (1, 3, 1, 96, 64)
-    expected = expected_frame("circle", "white", "black", (0.4 * 64, 0.6 * 96, 0.15 * 64, 0), 96, 64)
+    expected = reference_scenes.frame(objects_of(still, 0), "black", 0, 96, 64)
     assert np.abs(video[0, :, 0].numpy() - expected).max() < 0.52
 
 
@@ -318,7 +291,7 @@ def test_part_of_a_batch_renders_the_same():
     assert torch.equal(render(scenes[7:8], 16, 8), video[7:8])
     assert scenes[picked].tuples(1) == scenes.tuples(2)
     assert len(scenes[picked]) == 4
-    pairs = draw_two_object_scenes(6, generator, 64, 64)
+    pairs = draw_two_object_scenes(sample_tuple_pairs(6, generator), generator, 64, 64)
     assert torch.equal(render(pairs[4:], 8, 8), render(pairs, 8, 8)[4:])
 
 
@@ -327,7 +300,10 @@ def test_drawing_is_repeatable():
         generator = torch.Generator().manual_seed(seed)
         tuples = sample_tuples(50, generator)
         drawn = draw_scenes(tuples, generator)
-        return tuples, [vars(part) for part in (drawn, draw_two_object_scenes(20, generator, 64, 96))]
+        return tuples, [
+            vars(part)
+            for part in (drawn, draw_two_object_scenes(sample_tuple_pairs(20, generator), generator, 64, 96))
+        ]
 
     (tuples, parts), (again, same) = draw(7), draw(7)
     assert tuples == again
@@ -391,8 +367,10 @@ def test_training_never_draws_held_out_tuples():
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (128, 192)])
 def test_two_objects_keep_apart(height, width):
     generator = torch.Generator().manual_seed(height)
-    scenes = draw_two_object_scenes(150, generator, height, width)
+    pairs = sample_tuple_pairs(150, generator)
+    scenes = draw_two_object_scenes(pairs, generator, height, width)
     assert len(scenes) == 150 and scenes.colour.shape == (150, 2)
+    assert [tuple(scenes.tuples(i)) for i in range(150)] == pairs
     moments, motions = np.linspace(0, 2, 1001), set()
     side = min(height, width)
     for i in range(150):
@@ -406,7 +384,7 @@ def test_two_objects_keep_apart(height, width):
             radius, x, y = (getattr(scenes, name)[i, j].item() for name in ("radius", "x", "y"))
             assert 0.10 - 1e-6 <= radius <= 0.14 + 1e-6
             assert 0.2 - 1e-6 <= min(x, y) and max(x, y) <= 0.8 + 1e-6
-            path = np.array([expected_path(motion, radius, x, y, 1, 0, t, height, width) for t in moments])
+            path = np.array([reference_scenes.path(motion, radius, x, y, 1, 0, t, height, width) for t in moments])
             # The corners of a square lie on a larger circle than those of a triangle or a star.
             reach = path[:, 2] * (0.85 * math.sqrt(2) if shape == "square" else 1)
             for centre, size in ((path[:, 0], width), (path[:, 1], height)):
@@ -426,9 +404,7 @@ def test_two_objects_are_both_drawn():
     )
     video = render(pair, 16, 8, 64, 96)
     for frame in (0, 9, 15):
-        y = 32 + (frame / 16 - 0.5) * 32
-        expected = expected_frame("square", "cyan", "pink", (72, y, 0.13 * 64, 0), 64, 96)
-        expected[:, :, :48] = expected_frame("circle", "red", "pink", (24, 32, 0.12 * 64, 0), 64, 96)[:, :, :48]
+        expected = reference_scenes.frame(objects_of(pair, 0), "pink", frame / 8, 64, 96)
         assert np.abs(video[0, :, frame].numpy() - expected).max() < 0.52
 
 
@@ -436,3 +412,137 @@ def test_sizes_of_the_world():
     assert sorted(SIZES) == sorted([(64, 64), (96, 64), (64, 96), (128, 128), (192, 128), (128, 192)])
     for height, width in SIZES:
         assert render(scene(), 2, 8, height, width).shape == (1, 3, 2, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_words_against_the_reference(height, width):
+    # All letters on all grounds, in every place of words of one, two and three letters.
+    letters = string.ascii_uppercase
+    words = [letters[i % 26] for i in range(5)]
+    words += [letters[i : i + 2] for i in range(0, 26, 2)] + [
+        "".join(letters[(i + 9 * j) % 26] for j in range(3)) for i in range(26)
+    ]
+    tuples = [(list(COLOURS)[i % 8], "star", TEXT_MOTIONS[i % 4], list(BACKGROUNDS)[i % 5]) for i in range(len(words))]
+    scenes = draw_scenes(tuples, torch.Generator().manual_seed(0), words=words)
+    assert [scenes.word(i) for i in range(len(words))] == words
+    assert_as_in_the_reference(scenes, (0, 3), 8, height, width)
+
+
+def test_a_word_in_closed_form():
+    # 64 pixels: font pixels of 2, a letter 10 wide and 14 high that ends with row 60. 128 pixels: 4, 20, 28, row 121.
+    for side, pixel, left, bottom in ((64, 2, 27, 61), (128, 4, 54, 122)):
+        for background, ink in (
+            ("navy", 240),
+            ("pink", (15, 15, 20)),
+            ("grey", (15, 15, 20)),
+            ("black", 240),
+            ("brown", 240),
+        ):
+            tuples = [("red", "circle", "stays still", background)]
+            video = render(draw_scenes(tuples, torch.Generator().manual_seed(0), words=["L"]), 2, 8, side, side)
+            expected = np.full((3, 1, 9 * pixel, 7 * pixel), np.array(BACKGROUNDS[background])[:, None, None, None])
+            ink = np.broadcast_to(ink, (3,))[:, None, None, None]
+            expected[:, :, pixel : 8 * pixel, pixel : 2 * pixel] = ink
+            expected[:, :, 7 * pixel : 8 * pixel, pixel : 6 * pixel] = ink
+            rows = slice(bottom - 8 * pixel, min(bottom + pixel, side))
+            columns = slice(left - pixel, left + 6 * pixel)
+            expected = expected[:, :, : rows.stop - rows.start]
+            np.testing.assert_array_equal(video[0, :, :, rows, columns], expected.repeat(2, axis=1))
+
+
+@pytest.mark.parametrize(("frame_rate", "frames"), [(8, (0, 5, 15, 16, 23)), (16, (7, 31, 37))])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_cameras_against_the_reference(height, width, frame_rate, frames):
+    generator = torch.Generator().manual_seed(height + width)
+    cameras = [camera for camera in (None, *CAMERAS) for _ in range(3)]
+    tuples = sample_tuples(len(cameras), generator)
+    scenes = draw_scenes(tuples, generator, cameras=cameras, checkered=[True] * len(cameras))
+    assert_as_in_the_reference(scenes, frames, frame_rate, height, width)
+
+
+@pytest.mark.parametrize(
+    ("camera", "places"),
+    [
+        # Where the corner at the centre of the picture (32, 32) and the one a cell right are at u = 0, 0.5 and 1,
+        # and the same for the middle of the object, on the plane half way between them.
+        (None, ((32, 48), (32, 48), (32, 48))),
+        ("Pan left", ((32, 48), (40, 56), (48, 64))),
+        ("Pan right", ((32, 48), (24, 40), (16, 32))),
+        ("Zoom in", ((32, 48), (32, 51.2), (32, 54.4))),
+        ("Zoom out", ((32, 54.4), (32, 51.2), (32, 48))),
+    ],
+)
+def test_cameras_in_closed_form(camera, places):
+    scenes = draw_scenes([("red", "circle", "stays still", "black")], torch.Generator(), None, [camera], [True])
+    scenes.x[:], scenes.y[:], scenes.radius[:] = 40 / 64, 48 / 64, 0.1
+    video = render(scenes, 17)[0].numpy()
+    for frame, (left, right) in zip((0, 8, 16), places, strict=True):
+        # Just above the middle of the picture lies row 1 of the cells: columns 1 and 3 are dark, 2 is light.
+        line = video[0, frame, 31]
+        light = np.array([left < column + 0.5 < right for column in range(64)])
+        near = np.abs(np.arange(64) + 0.5 - (left + right) / 2) < (right - left) * 0.9
+        np.testing.assert_array_equal(line[near], np.where(light, 75, 15)[near])
+        red = video[0, frame] > 150
+        assert np.nonzero(red.any(axis=0))[0].mean() + 0.5 == pytest.approx((left + right) / 2, abs=0.3)
+        scale = (right - left) / 16
+        assert red.sum() == pytest.approx(math.pi * (6.4 * scale) ** 2, rel=0.06)
+
+
+def test_lighter_cells():
+    # c + 0.25 (255 - c), the cells counted from the upper left corner of the picture.
+    lighter = {
+        "black": (75, 75, 79),
+        "grey": (146, 146, 150),
+        "navy": (79, 82, 124),
+        "brown": (131, 109, 90),
+        "pink": (240, 191, 206),
+    }
+    for background, light in lighter.items():
+        scenes = draw_scenes([("red", "star", "stays still", background)], torch.Generator(), checkered=[True])
+        picture = render(scenes, 1)[0, :, 0]
+        assert tuple(picture[:, 0, 0].tolist()) == tuple(picture[:, 15, 15].tolist()) == BACKGROUNDS[background]
+        for row, column in ((0, 16), (16, 0), (15, 31), (0, 63)):
+            assert np.abs(picture[:, row, column].numpy() - np.array(light)).max() <= 1
+            assert tuple(picture[:, row, column].tolist()) == tuple(picture[:, 0, 16].tolist())
+
+
+def test_a_word_leaves_its_room():
+    generator = torch.Generator().manual_seed(7)
+    count = 2000
+    tuples = sample_tuples(count, generator, motions=TEXT_MOTIONS)
+    words = ["ABC" if i % 2 else None for i in range(count)]
+    start = draw_scenes(tuples, generator, words=words).y[:, 0]
+    for y, low, high in ((start[1::2], 0.30, 0.42), (start[::2], 0.35, 0.65)):
+        assert low <= y.min() < low + 0.01 and high - 0.01 < y.max() <= high + 1e-6
+        assert y.mean() == pytest.approx((low + high) / 2, abs=0.01)
+
+
+def test_pairs_obey_the_held_out_rule():
+    generator = torch.Generator().manual_seed(8)
+    pairs = sample_tuple_pairs(10_000, generator)
+    assert len(pairs) == 10_000
+    for first, second in pairs:
+        assert not is_held_out(*first) and not is_held_out(*second)
+        assert first[0] != second[0] and first[3] == second[3]
+    assert {words[2] for pair in pairs for words in pair} == set(TWO_OBJECT_MOTIONS)
+    for first, second in sample_tuple_pairs(500, generator, held_out=True):
+        assert is_held_out(*first) or is_held_out(*second)
+
+
+@pytest.mark.parametrize("word", ["", "ABCD", "a", "A B", "1"])
+def test_words_of_other_letters_are_refused(word):
+    with pytest.raises(ValueError, match="one to three capital letters"):
+        draw_scenes([("red", "star", "spins", "grey")], torch.Generator(), words=[word])
+
+
+def test_scenes_without_room_are_refused():
+    with pytest.raises(ValueError, match="bounces.*stays still, moves left"):
+        draw_scenes([("red", "star", "bounces", "grey")], torch.Generator(), words=["A"])
+    still = ("red", "star", "stays still", "grey")
+    for other in (
+        ("red", "ring", "grows", "grey"),
+        ("blue", "ring", "grows", "pink"),
+        ("blue", "ring", "bounces", "grey"),
+    ):
+        with pytest.raises(ValueError, match="two objects"):
+            draw_two_object_scenes([(still, other)], torch.Generator(), 64, 64)
