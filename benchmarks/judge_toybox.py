@@ -19,13 +19,18 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from diffusers_moviegen import toybox
-from diffusers_moviegen.toybox.judges import judge_edits, listen, recognize, see, strikes_f1
+from diffusers_moviegen.toybox.judges import (
+    compare_objects,
+    compare_people,
+    judge_edits,
+    listen,
+    recognize,
+    see,
+    strikes_f1,
+)
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from diffusers_moviegen.toybox.sounds import synthesize
 
-
-MAX_HUE_ERROR, MAX_TILT_ERROR = 15.0, 3.0
-"""Degrees within which a hue and a tilt count as right."""
 
 MAX_SPEED_ERROR = 0.1
 """Share within which a speed counts as right."""
@@ -83,17 +88,16 @@ def batches(task: str, args: argparse.Namespace, **options):
 def judge_sight(batch: dict, treat: Callable) -> list[dict[str, bool]]:
     truth, results = batch["truth"], []
     for i, sight in enumerate(see(treat(batch["video"]), batch["frame_rate"][0].item())):
-        count = 2 if truth["shape_2"][i] else 1
-        objects = sight.objects if len(sight.objects) == count else [None] * count
-        row = {}
-        for name in ("colour", "shape", "motion"):
-            asked = [truth[name][i], truth[f"{name}_2"][i]][:count]
-            row[name] = [getattr(seen, name, None) for seen in objects] == asked
-        row["background"] = sight.background == truth["background"][i]
+        asked = [[truth[f"{name}{suffix}"][i] for name in ("colour", "shape", "motion")] for suffix in ("", "_2")]
+        asked = [(*words, truth["background"][i]) for words in asked if words[0]]
+        (row,) = compare_objects([sight], [asked])
+        del row["all"]
+        if len(asked) == 2:
+            row["order"] = [seen.colour for seen in sight.objects] == [words[0] for words in asked]
         row["checkered"] = sight.checkered == truth["checkered"][i].item()
         row["text"] = (sight.text or "") == truth["text"][i]
         row["camera"] = (sight.camera or "") == truth["camera"][i]
-        if truth["motion"][i].startswith("moves ") and count == 1:
+        if truth["motion"][i].startswith("moves ") and len(asked) == 1:
             speed = truth["speed"][i].item()
             row["speed"] = sight.speed is not None and abs(sight.speed - speed) <= MAX_SPEED_ERROR * speed
         results.append(row)
@@ -117,24 +121,20 @@ def judge_sound(batch: dict, treat: Callable) -> list[dict[str, float]]:
 
 
 def judge_people(batch: dict, treat: Callable, reference: bool) -> list[dict[str, bool]]:
-    truth, results = batch["truth"], []
+    truth, prefix = batch["truth"], "reference_" if reference else ""
     pictures = batch["reference_image"][:, :, None] if reference else batch["video"]
-    prefix = "reference_" if reference else ""
-    for i, person in enumerate(recognize(treat(pictures))):
-        known = person.hair_hue is not None and person.tilt is not None
-        hue = abs((person.hair_hue - truth["hair_hue"][i].item() + 180) % 360 - 180) if known else math.inf
-        tilt = abs(person.tilt - truth[f"{prefix}tilt"][i].item()) if known else math.inf
-        results.append(
-            {
-                "skin": person.skin == truth["skin"][i].item(),
-                "hair hue": hue <= MAX_HUE_ERROR,
-                "style": person.style == truth["style"][i],
-                "glasses": person.glasses == truth["glasses"][i].item(),
-                "expression": person.expression == truth[f"{prefix}expression"][i],
-                "tilt": tilt <= MAX_TILT_ERROR,
-            }
-        )
-    return results
+    asked = [
+        {
+            "skin": truth["skin"][i].item(),
+            "hair_hue": truth["hair_hue"][i].item(),
+            "style": truth["style"][i],
+            "glasses": truth["glasses"][i].item(),
+            "expression": truth[f"{prefix}expression"][i],
+            "tilt": truth[f"{prefix}tilt"][i].item(),
+        }
+        for i in range(len(pictures))
+    ]
+    return compare_people(recognize(treat(pictures)), asked)
 
 
 def judge_editing(batch: dict, treat: Callable) -> list[dict[str, bool]]:

@@ -39,6 +39,15 @@ BOUNCE_HEIGHT = 0.4
 TOUCH_RATES = (0.7, 1.6)
 """Range of the floor touches a second of "bounces"."""
 
+UNIT_AREAS = {
+    "circle": math.pi,
+    "ring": 0.75 * math.pi,
+    "square": 4 * 0.85**2,
+    "triangle": 0.75 * math.sqrt(3),
+    "star": 5 * 0.45 * math.sin(math.pi / 5),
+}
+"""Area of a shape of radius 1."""
+
 _TEXT_COLOURS = {"black": "white", "navy": "white", "brown": "white", "grey": "black", "pink": "black"}
 
 _DIRECTIONS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}

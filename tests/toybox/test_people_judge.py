@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_moviegen.toybox.judges import SeenPerson, recognize
+from diffusers_moviegen.toybox.judges import SeenPerson, compare_people, recognize
 from diffusers_moviegen.toybox.people import (
     EXPRESSIONS,
     HAIR_STYLES,
@@ -259,3 +259,22 @@ def test_somebody_who_vanishes_is_nobody(missing):
     for clip, person in zip(video, people, strict=False):
         clip[:, missing] = torch.tensor(BACKGROUNDS[person.background], dtype=torch.uint8)[:, None, None, None]
     assert recognize(video) == [NOBODY] * 30
+
+
+@pytest.mark.parametrize(
+    ("seen", "asked", "right"),
+    [
+        ({"hair_hue": 355.0}, {"hair_hue": 9.0}, True),
+        ({"hair_hue": 355.0}, {"hair_hue": 11.0}, False),
+        ({"hair_hue": None}, {"hair_hue": 11.0}, False),
+        ({"tilt": -2.0}, {"tilt": 1.0}, True),
+        ({"tilt": -2.0}, {"tilt": 1.5}, False),
+        ({"tilt": None}, {"tilt": 0.0}, False),
+        ({"skin": 0}, {"skin": 0}, True),
+        ({"glasses": None}, {"glasses": False}, False),
+        ({"style": "long"}, {"style": "short"}, False),
+    ],
+)
+def test_compare_people(seen, asked, right):
+    nobody = dict.fromkeys(("skin", "hair_hue", "style", "glasses", "expression", "tilt"))
+    assert compare_people([SeenPerson(**nobody | seen)], [asked]) == [dict.fromkeys(asked, right)]

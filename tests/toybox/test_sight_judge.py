@@ -145,6 +145,15 @@ def test_two_objects_are_told_from_left_to_right():
             assert [seen.colour for seen in sight.objects] == [pairs[i][left][0], pairs[i][right][0]]
 
 
+def test_of_two_objects_in_one_column_the_upper_one_comes_first():
+    generator = torch.Generator().manual_seed(3)
+    pairs = [(("red", "circle", motion, "grey"), ("cyan", "star", motion, "grey")) for motion in MOTIONS[1:3] * 6]
+    scenes = draw_two_object_scenes(pairs, generator, 64, 64)
+    orders = [("red", "cyan") if upper else ("cyan", "red") for upper in (scenes.y[:, 0] < scenes.y[:, 1]).tolist()]
+    assert len(set(orders)) == 2
+    assert [tuple(seen.colour for seen in sight.objects) for sight in see(render(scenes))] == orders
+
+
 def draw_words(count, seed):
     random = np.random.default_rng(seed)
     return ["".join(random.choice(list(string.ascii_uppercase), 1 + i % 3)) for i in range(count)]

@@ -2,7 +2,7 @@
 
 from .edits import EditVerdict, judge_edits
 from .people import SeenPerson, recognize
-from .score import FIELDS, compare, compare_objects
+from .score import FIELDS, compare, compare_objects, compare_people
 from .sight import SeenObject, Sight, see
 from .sound import Hearing, listen, strikes_f1
 
@@ -16,6 +16,7 @@ __all__ = [
     "Sight",
     "compare",
     "compare_objects",
+    "compare_people",
     "judge_edits",
     "listen",
     "recognize",

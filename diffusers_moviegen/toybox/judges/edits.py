@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from ..captions import EDIT_INSTRUCTIONS
 from ..edits import ADDED_PLACE, ADDED_RADIUS, MAGENTA
-from ..scenes import motion_share, signed_distance
+from ..scenes import UNIT_AREAS, motion_share, signed_distance
 from ..vocabulary import BACKGROUNDS, COLOURS, CORNERS, LUMA_WEIGHTS, SHAPES, SPINNING_SHAPES
-from .sight import Sight, see
+from .sight import MAX_COLOUR_DISTANCE, MAX_SHAPE_ERROR, Sight, see
 
 
 REACH = 1.35
@@ -26,14 +26,8 @@ MAX_OFF_GROUND = 0.002
 OFF_GROUND = 40.0
 """RGB distance from which a pixel is off the ground, or of another colour; the closest two are 61 apart."""
 
-MAX_COLOUR_DISTANCE = 70.0
-"""RGB distance to the right colour beyond which a colour is another one."""
-
 SAME_COLOUR = 10.0
 """RGB distance below which two colours cannot be told apart: white in black and white is still white."""
-
-MAX_SHAPE_ERROR = 0.45
-"""Coverage misjudged over the object's area beyond which a figure is none of the world's shapes."""
 
 MAX_SOFTNESS = 2
 """How many times a clip may have been averaged over 3 x 3 pixels."""
@@ -43,14 +37,6 @@ MAX_DRIFT = 0.05
 
 MAX_GROWTH = 0.25
 """Difference of the logarithms of the radius in edited clip and source in any frame."""
-
-_UNIT_AREAS = {
-    "circle": math.pi,
-    "ring": 0.75 * math.pi,
-    "square": 4 * 0.85**2,
-    "triangle": 0.75 * math.sqrt(3),
-    "star": 5 * 0.45 * math.sin(math.pi / 5),
-}
 
 _WORDS = {
     "shape": SHAPES,
@@ -178,7 +164,7 @@ def _fit(
     coverage = _smooth(coverage)
     fits = []
     for shape in SHAPES:
-        radius = (area / _UNIT_AREAS[shape]).sqrt()
+        radius = (area / UNIT_AREAS[shape]).sqrt()
         for turns in (0, 1, -1) if angle is not None and shape in SPINNING_SHAPES else (0,):
             x, y = dx, dy
             if turns:
@@ -234,7 +220,7 @@ def _judge_clip(
     coverage = torch.tensordot(axis, source - ground[:, None, None, None], dims=1)
     near = F.avg_pool2d((_smooth(coverage) > 0.4).float(), 5, stride=1, padding=2) > 0
     x, y, area = _place(coverage * near)
-    radius = (area / _UNIT_AREAS[seen.shape]).sqrt()
+    radius = (area / UNIT_AREAS[seen.shape]).sqrt()
     rows, columns = torch.arange(height)[:, None] + 0.5, torch.arange(width) + 0.5
     distance = torch.hypot(columns - x[:, None, None], rows - y[:, None, None])
     region = distance < (REACH * _reach(seen.shape) * radius + EDGE)[:, None, None]
@@ -278,7 +264,7 @@ def _judge_clip(
             angle[third][:, None, None] if frames > 1 else None,
         )
         done = done and third_shape == new_shape and error <= MAX_SHAPE_ERROR * new_area.sum().item()
-        new_radius[third] = (new_area / _UNIT_AREAS[third_shape]).sqrt()
+        new_radius[third] = (new_area / UNIT_AREAS[third_shape]).sqrt()
     if edit == "remove":
         return done, True
 
@@ -316,7 +302,7 @@ def _shows_addition(source: torch.Tensor, edited: torch.Tensor, words: dict[str,
     palette = torch.tensor(list(COLOURS.values())).float()
     colour = palette[list(COLOURS).index(words["new_colour"])]
     contrast = _smooth(edited - source).square().sum(dim=0).sqrt()
-    if not _is(_peak(edited, contrast, disc, 0.3 * _UNIT_AREAS[shape] * radius**2 * frames), colour, palette):
+    if not _is(_peak(edited, contrast, disc, 0.3 * UNIT_AREAS[shape] * radius**2 * frames), colour, palette):
         return False
 
     # Coverage by that colour; where the source has it already, nothing can be seen and all is taken to be right.

@@ -2,10 +2,14 @@
 
 from itertools import permutations
 
+from .people import SeenPerson
 from .sight import Sight
 
 
 FIELDS = ("colour", "shape", "motion", "background")
+
+MAX_HUE_ERROR, MAX_TILT_ERROR = 15.0, 3.0
+"""Degrees within which the hue of hair and the tilt of a head are right."""
 
 
 def compare(
@@ -51,4 +55,26 @@ def compare_objects(sights: list[Sight], scenes: list[tuple[tuple[str, str, str,
             row = {name: all(match[i] for match in best) for i, name in enumerate(FIELDS[:3])}
         row["background"] = all(sight.background == words[3] for words in asked)
         rows.append(row | {"all": all(row.values())})
+    return rows
+
+
+def compare_people(people: list[SeenPerson], asked: list[dict]) -> list[dict[str, bool]]:
+    """Whether each field of a person is as asked for.
+
+    Args:
+        people: whom the judge saw.
+        asked: fields of `SeenPerson` by name, one dictionary a person, all of the same or fewer names.
+    """
+    rows = []
+    for person, fields in zip(people, asked, strict=True):
+        row = {}
+        for name, wanted in fields.items():
+            seen = getattr(person, name)
+            if name == "hair_hue":
+                row[name] = seen is not None and abs((seen - wanted + 180) % 360 - 180) <= MAX_HUE_ERROR
+            elif name == "tilt":
+                row[name] = seen is not None and abs(seen - wanted) <= MAX_TILT_ERROR
+            else:
+                row[name] = seen == wanted
+        rows.append(row)
     return rows

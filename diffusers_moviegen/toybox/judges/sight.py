@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..font import GLYPHS
-from ..scenes import signed_distance
+from ..scenes import UNIT_AREAS, signed_distance
 from ..vocabulary import BACKGROUNDS, COLOURS, SHAPES, SPINNING_SHAPES
 
 
@@ -57,13 +57,9 @@ MIN_DISTANCE = 0.85
 """Distance of two regions over the sum of the radii of discs as large, up to which they belong to one object.
 Circumscribed circles that do not meet give more than 1, the halves of a disc 0.6."""
 
-_UNIT_AREAS = {
-    "circle": math.pi,
-    "ring": 0.75 * math.pi,
-    "square": 4 * 0.85**2,
-    "triangle": 0.75 * math.sqrt(3),
-    "star": 5 * 0.45 * math.sin(math.pi / 5),
-}
+
+SAME_COLUMN = 0.1
+"""Pixels between the places of two objects below which they start in one column, as two that move left do."""
 
 
 @dataclass
@@ -80,7 +76,8 @@ class Sight:
     """What a clip shows.
 
     Attributes:
-        objects: the objects seen, from left to right at the first frame; empty for an empty picture.
+        objects: the objects seen, from left to right at the first frame, the upper one first where two start in one
+            column; empty for an empty picture.
         background: word of the vocabulary, or None; of a checkered ground its darker colour.
         checkered: whether the ground is checkered.
         text: the word written, one to three capital letters, or None.
@@ -323,6 +320,8 @@ def _see_clip(clip: torch.Tensor, frame_rate: float) -> Sight:
                 if (foreground & region).any()
             ]
     figures.sort(key=lambda figure: figure.x)
+    if len(figures) == 2 and figures[1].x - figures[0].x < SAME_COLUMN and figures[1].y < figures[0].y:
+        figures.reverse()
     sight.objects = [figure.seen for figure in figures]
     if len(figures) == 1 and frames > 1:
         sight.speed = figures[0].speed
@@ -382,6 +381,7 @@ class _Figure:
     seen: SeenObject
     strange: float
     x: float
+    y: float
     speed: float
 
 
@@ -401,8 +401,12 @@ def _see_figure(
     colour = clip[:, core].mean(dim=1)
     axis = colour[:, None, None, None] - ground.colour
     coverage = (axis * difference).sum(dim=0) / axis.square().sum(dim=0).clamp(min=1)
-    off = _smooth((difference - coverage * axis).flatten(0, 1)).view_as(difference)[:, foreground]
-    strange = (off.square().sum(dim=0).sqrt() > MAX_COLOUR_NOISE).float().mean().item()
+    off = difference - coverage * axis
+    strange = (off[:, foreground].square().sum(dim=0).sqrt() > MAX_COLOUR_NOISE).float().mean().item()
+    if strange > MAX_SECOND_COLOUR:
+        # Unlike another colour, noise averages out.
+        off = _smooth(off.flatten(0, 1)).view_as(off)
+        strange = (off[:, foreground].square().sum(dim=0).sqrt() > MAX_COLOUR_NOISE).float().mean().item()
     is_person = strange > MAX_OTHER_COLOURS
     if is_person:
         coverage = foreground.float()
@@ -419,14 +423,14 @@ def _see_figure(
         whole[:] = True
     chosen = torch.nonzero(whole)[:, 0]
     present = area.min() >= MIN_AREA / 4 * height * width
-    first = x[0].item()
+    first = x[0].item(), y[0].item()
     time = chosen / frame_rate
     coverage, near, area, x, y = coverage[chosen], near[chosen], area[chosen], x[chosen], y[chosen]
 
     # 4. The shape, upright or turning, whose outline fits best with the centre and area measured. Only pixels on the
     # object or within its largest possible outline matter.
     dx, dy = torch.arange(width) + 0.5 - x[:, None], torch.arange(height) + 0.5 - y[:, None]
-    reach = (area / min(_UNIT_AREAS.values())).sqrt() + 1
+    reach = (area / min(UNIT_AREAS.values())).sqrt() + 1
     within = dx.square()[:, None, :] + dy.square()[:, :, None] < reach.square()[:, None, None]
     frame, row, column = torch.nonzero(near | within, as_tuple=True)
     pixel_coverage, pixel_area = coverage[frame, row, column], area[frame]
@@ -438,7 +442,7 @@ def _see_figure(
     errors = []
     for shape, turns in hypotheses:
         turned = (dx * cosine + turns * dy * sine, dy * cosine - turns * dx * sine) if turns else (dx, dy)
-        outline = (0.5 - signed_distance(shape, *turned, (pixel_area / _UNIT_AREAS[shape]).sqrt())).clamp(0, 1)
+        outline = (0.5 - signed_distance(shape, *turned, (pixel_area / UNIT_AREAS[shape]).sqrt())).clamp(0, 1)
         errors.append((pixel_coverage - outline).abs().sum())
     error, best = torch.stack(errors).min(dim=0)
     shape, turns = hypotheses[best]
@@ -473,4 +477,4 @@ def _see_figure(
         motion = "grows" if growth > 0 else "shrinks"
     else:
         motion = {0: "stays still", 1: "spins", -1: None}[turns]
-    return _Figure(SeenObject(name, shape, motion), strange, first, max(abs(speed_x), abs(speed_y)))
+    return _Figure(SeenObject(name, shape, motion), strange, *first, max(abs(speed_x), abs(speed_y)))
