@@ -348,7 +348,7 @@ def test_preview_of_sounds(work):
             "8 samples of 251 frames are too many to show",
         ),
         (["edit", "-o", "sheet.png", "--height", "50"], "there is no edit of 50 x 64 (height x width): use one of"),
-        (["edit", "-o", "sheet.png", "--num-frames", "0"], "`num_frames` must be at least 1, not 0"),
+        (["edit", "-o", "sheet.png", "--num-frames", "0"], "`num_frames` must be a whole number of at least 1, not 0"),
         (["edit", "-o", "sheet.png", "--frame-rate", "0"], "--frame-rate: must be a number from 1 to 1000, not '0'"),
         (["text_to_image", "-o", "sheet.png", "--frame-rate", "8"], "text_to_image has single frames"),
     ],
