@@ -32,7 +32,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "av>=18.0",
-        "datasets>=4.0",
+        "datasets>=5.0",
         "diffusers>=0.42.1",
         "huggingface_hub>=1.32",
         "numpy>=2.0",

@@ -7,6 +7,7 @@ from diffusers.hooks._helpers import (
     TransformerBlockMetadata,
     TransformerBlockRegistry,
 )
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines import pipeline_loading_utils
 
 from .models import AutoencoderKLMovieGen, MovieGenTransformer3DModel
@@ -31,8 +32,8 @@ SAVE_AND_LOAD_METHODS = ["save_pretrained", "from_pretrained"]
 
 def register_with_diffusers() -> None:
     """
-    Make `DiffusionPipeline.from_pretrained`, `AutoModel.from_pretrained`, downloads from the Hub and step caches
-    accept the classes of this package. Calling it again changes nothing.
+    Make `DiffusionPipeline.from_pretrained`, `AutoModel.from_pretrained`, `from_single_file`, downloads from the Hub
+    and step caches accept the classes of this package. Calling it again changes nothing.
     """
     for public_class in PUBLIC_CLASSES:
         setattr(diffusers, public_class.__name__, public_class)
@@ -45,6 +46,10 @@ def register_with_diffusers() -> None:
         "DiffusionPipeline": SAVE_AND_LOAD_METHODS,
     }
 
+    # Single files have the key names of these classes, so there is nothing to convert.
+    for model_class in (AutoencoderKLMovieGen, MovieGenTransformer3DModel):
+        SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__] = {"checkpoint_mapping_fn": _keep_keys}
+
     # Step caches and layer skipping look up how to take the hidden states out of a block's or a processor's arguments
     # and output.
     TransformerBlockRegistry.register(
@@ -54,6 +59,10 @@ def register_with_diffusers() -> None:
     AttentionProcessorRegistry.register(
         MovieGenAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
     )
+
+
+def _keep_keys(checkpoint, **kwargs):
+    return checkpoint
 
 
 def _skip_attention(attn, hidden_states, *args, **kwargs):

@@ -2,9 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import diffusers
@@ -17,6 +14,7 @@ from diffusers.pipelines import pipeline_loading_utils
 import diffusers_moviegen
 from diffusers_moviegen import MovieGenPipeline
 from diffusers_moviegen.registration import PUBLIC_CLASSES, register_with_diffusers
+from tests.hub_server import HubServer
 from tests.tiny import tiny_pipeline
 
 
@@ -189,68 +187,7 @@ def test_layer_skip(pipeline):
     assert not torch.allclose(skipped, expected, atol=1e-4)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The few requests of a download from the Hub, for one repository whose files lie in `folder`."""
-
-    folder = None
-    name = "user/tiny-moviegen"
-    commit = "0123456789" * 4
-
-    def files(self):
-        return sorted(file for file in self.folder.rglob("*") if file.is_file())
-
-    def do_HEAD(self):
-        self.respond()
-
-    def do_GET(self):
-        self.respond()
-
-    def respond(self):
-        path = self.path.split("?")[0]
-        endpoint = f"/api/models/{self.name}"
-        if path in (endpoint, f"{endpoint}/revision/main", f"{endpoint}/revision/{self.commit}"):
-            siblings = [{"rfilename": str(file.relative_to(self.folder))} for file in self.files()]
-            return self.send(json.dumps({"id": self.name, "sha": self.commit, "siblings": siblings}).encode())
-        if path.startswith(f"{endpoint}/tree/"):
-            tree = [
-                {
-                    "type": "file",
-                    "path": str(file.relative_to(self.folder)),
-                    "size": file.stat().st_size,
-                    "oid": sha1(file.read_bytes()).hexdigest(),
-                }
-                for file in self.files()
-            ]
-            return self.send(json.dumps(tree).encode())
-        prefix = f"/{self.name}/resolve/{self.commit}/"
-        file = self.folder / path.removeprefix(prefix) if path.startswith(prefix) else None
-        if file is not None and file.is_file():
-            content = file.read_bytes()
-            return self.send(content, ETag=f'"{sha1(content).hexdigest()}"')
-        self.send_response(404)
-        self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def send(self, content, **headers):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", self.commit)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_download_from_the_hub(pipeline_folder, tmp_path):
-    handler = type("TinyHub", (Hub,), {"folder": pipeline_folder})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = """
 import sys
 import diffusers_moviegen, diffusers
@@ -263,19 +200,9 @@ try:
 except OSError as error:
     print(error)
 """
-    try:
-        printed = run_python(
-            code,
-            HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}",
-            HF_HOME=str(tmp_path),
-            HF_HUB_OFFLINE="0",
-            HF_HUB_DISABLE_XET="1",
-            NO_PROXY="127.0.0.1",
-            no_proxy="127.0.0.1",
-        ).splitlines()
-    finally:
-        server.shutdown()
-        server.server_close()
+    with HubServer() as hub:
+        hub.add_folder("user/tiny-moviegen", pipeline_folder)
+        printed = run_python(code, **hub.environment(tmp_path)).splitlines()
     assert printed[:3] == ["MovieGenPipeline (1, 9, 32, 48, 3)"] * 2 + ["MovieGenTransformer3DModel"]
     assert len(printed) == 4
     assert printed[3].startswith("'user/other' is not a folder, and cannot be loaded from the Hub: ")

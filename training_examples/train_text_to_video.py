@@ -11,6 +11,7 @@ The result is a whole pipeline folder, `pipeline/` below the output folder.
 import json
 import random
 import shutil
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPTextModel, HfArgumentParser, T5EncoderModel
@@ -37,8 +39,11 @@ from diffusers_moviegen.toybox.judges import compare, see
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from diffusers_moviegen.toybox.vocabulary import MOTIONS
 from diffusers_moviegen.training import (
+    build_model_card,
     check_model_folder,
     check_positive,
+    prepare_hub_repository,
+    push_folder_to_hub,
     restore_checkpoint,
     sample_timesteps,
     save_checkpoint,
@@ -85,6 +90,9 @@ class Arguments:
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the result to the Hub, with a model card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository to push to, user/name"})
+    hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
 
     def __post_init__(self):
         check_positive(
@@ -102,6 +110,10 @@ class Arguments:
                 "checkpoints_total_limit",
             ),
         )
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
+            raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
 
 
 def load_pipeline(args: Arguments) -> MovieGenPipeline:
@@ -283,6 +295,51 @@ def validate(args: Arguments, pipe: MovieGenPipeline, cache: Cache, accelerator:
     return {"validation_loss": torch.stack(losses).mean().item(), **accuracy}
 
 
+def model_card(args: Arguments, repo_id: str, figures: dict[str, float], num_processes: int) -> ModelCard:
+    """What the run was, said where its result is pushed to."""
+    images = args.stage == "image"
+    prompt = f"a red circle{'' if images else ' bounces'} on a pink background"
+    imports = ["import torch", "from diffusers_moviegen import MovieGenPipeline"]
+    load = [
+        f'pipe = MovieGenPipeline.from_pretrained("{repo_id}")',
+        "generator = torch.Generator().manual_seed(0)",
+    ]
+    if images:
+        use = [
+            f'picture = pipe("{prompt}", num_frames=1, generator=generator).frames[0][0]',
+            'picture.save("picture.png")',
+        ]
+    else:
+        imports.append("from diffusers_moviegen.media import save_video")
+        use = [
+            f'film = pipe("{prompt}", generator=generator).frames[0]',
+            f'save_video(film, "film.mp4", frame_rate={args.frame_rate:g})',
+        ]
+    shape = f"{args.width} x {args.height} pixels"
+    clips = f"clips of {args.num_frames} frames at {args.frame_rate:g} frames a second"
+    drawn = f"{args.num_cached_images} pictures" + ("" if images else f" and {args.num_cached_clips} clips")
+    return build_model_card(
+        repo_id,
+        summary=f"A Movie Gen {'text-to-image' if images else 'text-to-video'} pipeline for diffusers, trained on"
+        " Toybox, a procedural world of one coloured shape on a flat ground. It makes "
+        + (f"pictures of {shape}." if images else f"{clips}, {shape}, and pictures of that size."),
+        snippet="\n".join([*imports, "", *load, *use]),
+        data=f"Toybox alone: {drawn}, {shape}, drawn and captioned by the program itself; this run used no picture,"
+        " film or text of anyone else. One in ten combinations of colour, shape, motion and background is held out:"
+        " the run trained on none of them, and its figures are measured on nothing else.",
+        recipe={**asdict(args), "processes": num_processes},
+        figures=figures,
+        figures_note="Measured by the run itself after its last step, on the averaged weights, before they were"
+        " rounded to bfloat16. `validation_loss` is the flow-matching loss on held-out scenes at fixed times and"
+        f" noise; the others are the share of {args.num_validation_prompts} held-out prompts whose colour, shape,"
+        " motion, background, and all of these, a program sees in the samples (25 steps, guidance"
+        f" {args.guidance_scale:g}).",
+        base_model=args.transformer,
+        pipeline_tag="text-to-image" if images else "text-to-video",
+        tags=["toybox"],
+    )
+
+
 def main(args: Arguments) -> None:
     # An encoder that has no token for any caption of a batch leaves its projection without a gradient.
     parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -290,6 +347,9 @@ def main(args: Arguments) -> None:
     set_seed(args.seed, device_specific=True)
     output_dir = Path(args.output_dir)
     if accelerator.is_main_process:
+        if args.push_to_hub:
+            # A missing token or a name that is taken is better known now than after the last step.
+            repo_id = prepare_hub_repository(args.hub_model_id, MovieGenPipeline.__name__, args.hub_private)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
 
@@ -336,7 +396,7 @@ def main(args: Arguments) -> None:
         disable=not accelerator.is_main_process,
         mininterval=10,
     )
-    start, average = time.perf_counter(), None
+    start, average, figures = time.perf_counter(), None, None
     for step in progress:
         on_images = clips is None or step % (1 + args.videos_per_image_batch) == 0
         # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
@@ -372,6 +432,10 @@ def main(args: Arguments) -> None:
     # 5. The averaged weights are the result
     ema.copy_to(transformer.parameters())
     if accelerator.is_main_process:
+        if args.push_to_hub and figures is None:
+            # A run that is resumed after its last step has the model card still to write.
+            sheet = output_dir / "samples" / f"step_{args.max_train_steps:06d}.png"
+            figures = validate(args, pipe, held_out, accelerator, sheet)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 # Rounds what is stored, past diffusers' warning about modules that compute in float32: they still do
@@ -385,6 +449,14 @@ def main(args: Arguments) -> None:
         for name in IMAGE_ENCODER:
             shutil.copytree(Path(args.text_encoders) / name, output_dir / "pipeline" / name, dirs_exist_ok=True)
     accelerator.end_training()
+
+    # 6. The result goes to the Hub; it stays in its folder when it cannot
+    if args.push_to_hub and accelerator.is_main_process:
+        card = model_card(args, repo_id, figures, accelerator.num_processes)
+        try:
+            print(push_folder_to_hub(output_dir / "pipeline", repo_id, card, args.hub_private))
+        except OSError as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

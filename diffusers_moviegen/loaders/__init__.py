@@ -1,4 +1,5 @@
 from .lora_pipeline import MovieGenLoraLoaderMixin
+from .single_file_model import MovieGenSingleFileMixin
 
 
-__all__ = ["MovieGenLoraLoaderMixin"]
+__all__ = ["MovieGenLoraLoaderMixin", "MovieGenSingleFileMixin"]

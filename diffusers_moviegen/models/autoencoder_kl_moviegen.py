@@ -14,6 +14,8 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
+from ..loaders import MovieGenSingleFileMixin
+
 
 def fold_frames(video: torch.Tensor) -> torch.Tensor:
     """`(batch, channels, frames, height, width)` to `(batch * frames, channels, height, width)`."""
@@ -453,7 +455,7 @@ class MovieGenVaeDecoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(hidden_states)), num_frames)
 
 
-class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, ConfigMixin, MovieGenSingleFileMixin):
     r"""
     Temporal autoencoder (TAE) of Movie Gen: an image autoencoder inflated to video. Every 2D convolution of kernel 3
     is followed by a 1D convolution over frames, every attention among pixels by one among frames. Compresses eight

@@ -17,6 +17,8 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_allow_in_graph
 
+from ..loaders import MovieGenSingleFileMixin
+
 
 class MovieGenRMSNorm(nn.RMSNorm):
     """RMSNorm computed in float32 whatever the dtypes of input and weight; the output is float32."""
@@ -44,14 +46,15 @@ class MovieGenPositionEmbedding(nn.Module):
         for table in (self.temporal_table, self.height_table, self.width_table):
             nn.init.trunc_normal_(table, std=0.02)
 
-    def forward(self, num_frames: int, height: int, width: int) -> torch.Tensor:
+    def forward(self, num_frames: int, height: int, width: int, num_padding: int = 0) -> torch.Tensor:
         """
         Args:
             num_frames (`int`), height (`int`), width (`int`): Size of the grid in patches.
+            num_padding (`int`, defaults to 0): Tokens of zeros to add at the end.
 
         Returns:
-            `torch.Tensor` of shape `(1, num_frames * height * width, dim)` in the dtype of the tables. The column
-            changes fastest and the frame slowest, as in the flattened output of the patch embedding.
+            `torch.Tensor` of shape `(1, num_frames * height * width + num_padding, dim)` in the dtype of the tables.
+            The column changes fastest and the frame slowest, as in the flattened output of the patch embedding.
 
         Raises:
             `ValueError`: The grid is larger than the tables.
@@ -67,7 +70,9 @@ class MovieGenPositionEmbedding(nn.Module):
             )
         temporal, rows, columns = (table[:size] for table, size in zip(tables, grid_size, strict=True))
         positions = temporal[:, None, None] + rows[None, :, None] + columns[None, None, :]
-        return positions.flatten(0, 2).unsqueeze(0)
+        positions = positions.flatten(0, 2).unsqueeze(0)
+        # Padding by nothing would copy the tensor.
+        return F.pad(positions, (0, 0, 0, num_padding)) if num_padding else positions
 
 
 class MovieGenTextProjection(nn.Module):
@@ -216,6 +221,7 @@ class MovieGenTransformerBlock(nn.Module):
         temb: torch.Tensor,
         pos_embed: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -227,6 +233,8 @@ class MovieGenTransformerBlock(nn.Module):
             pos_embed (`torch.Tensor` of shape `(1, tokens, dim)`): Added to the input.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, text tokens)`, *optional*): Boolean, true for the
                 tokens to attend to.
+            attention_mask (`torch.Tensor` of shape `(1, tokens)`, *optional*): The same for the self-attention. Under
+                context parallelism it covers the tokens of all processes.
 
         Returns:
             `torch.Tensor` of shape `(batch, tokens, dim)` in the dtype of `hidden_states`.
@@ -240,7 +248,8 @@ class MovieGenTransformerBlock(nn.Module):
 
         # 1. Self-attention
         norm_hidden_states = torch.addcmul(shift_msa, self.norm1(hidden_states), 1 + scale_msa).to(dtype)
-        hidden_states = torch.addcmul(hidden_states, self.attn1(norm_hidden_states), gate_msa).to(dtype)
+        attn_output = self.attn1(norm_hidden_states, attention_mask=attention_mask)
+        hidden_states = torch.addcmul(hidden_states, attn_output, gate_msa).to(dtype)
 
         # 2. Cross-attention
         if encoder_hidden_states is not None:
@@ -254,7 +263,9 @@ class MovieGenTransformerBlock(nn.Module):
         return torch.addcmul(hidden_states, self.ff(norm_hidden_states), gate_mlp).to(dtype)
 
 
-class MovieGenTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class MovieGenTransformer3DModel(
+    ModelMixin, ConfigMixin, AttentionMixin, MovieGenSingleFileMixin, PeftAdapterMixin, CacheMixin
+):
     r"""
     The backbone of Movie Gen Video: a LLaMa3-style transformer over patches of video latents with full attention,
     cross-attention to three text encoders, learned factorised positions added before every block, and modulation by
@@ -446,9 +457,18 @@ class MovieGenTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAd
         grid_size = (num_frames // patch_t, height // patch_h, width // patch_w)
 
         # 1. Patches and their positions
-        pos_embed = self.pos_embed(*grid_size).to(dtype)
+        num_tokens, num_padding = math.prod(grid_size), 0
+        cp_config = getattr(self._parallel_config, "context_parallel_config", None)
+        if cp_config is not None and cp_config.ring_degree == 1 and not cp_config.ulysses_anything:
+            # Ulysses exchanges equal parts. Its mode for any length has neither a backward pass nor a CPU path.
+            num_padding = -num_tokens % cp_config.ulysses_degree
+        pos_embed = self.pos_embed(*grid_size, num_padding).to(dtype)
         # Casting back matters under autocast, where it keeps the residual stream in the dtype of the input.
         hidden_states = self.patch_embed(hidden_states).flatten(2).transpose(1, 2).to(dtype).contiguous()
+        attention_mask = None
+        if num_padding:
+            hidden_states = F.pad(hidden_states, (0, 0, 0, num_padding))
+            attention_mask = torch.arange(num_tokens + num_padding, device=hidden_states.device)[None] < num_tokens
 
         # 2. Time
         temb = self.time_embed(self.time_proj(timestep).to(dtype))
@@ -493,15 +513,15 @@ class MovieGenTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAd
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, text, block_temb, pos_embed, text_mask
+                    block, hidden_states, text, block_temb, pos_embed, text_mask, attention_mask
                 )
             else:
-                hidden_states = block(hidden_states, text, block_temb, pos_embed, text_mask)
+                hidden_states = block(hidden_states, text, block_temb, pos_embed, text_mask, attention_mask)
 
         # 5. Output
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(1)).chunk(2, dim=1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states), 1 + scale).to(dtype)
-        hidden_states = self.proj_out(hidden_states)
+        hidden_states = self.proj_out(hidden_states)[:, :num_tokens]
         # Inside a patch the order is (channels, time, height, width), that of the patch embedding's weight.
         hidden_states = hidden_states.unflatten(2, (-1, patch_t, patch_h, patch_w)).unflatten(1, grid_size)
         sample = hidden_states.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(

@@ -1,11 +1,16 @@
 """Short runs of the script that trains the backbone: both stages, caches, resume, two processes, errors."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
@@ -19,7 +24,9 @@ from diffusers_moviegen.toybox.captions import core_caption
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from diffusers_moviegen.toybox.vocabulary import is_held_out
 from tests import tiny
+from tests.hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
 from tests.training_examples.scripts import (
+    ROOT,
     load_script,
     run,
     run_and_record_losses,
@@ -358,3 +365,91 @@ def test_text_encoders_without_the_vision_half_are_refused(script, small, tmp_pa
     shutil.rmtree(tmp_path / "text_encoders" / "image_encoder")
     with pytest.raises(OSError, match="--text_encoders: .* lacks image_encoder; .* train_text_encoders.py wrote"):
         run(script, output_dir=tmp_path / "run", **(small | {"text_encoders": tmp_path / "text_encoders"}))
+
+
+def test_the_result_is_pushed_with_a_card_whose_snippet_runs(script, small, tmp_path, monkeypatch, capsys):
+    arguments = small | {
+        "output_dir": tmp_path / "run",
+        "max_train_steps": 2,
+        "push_to_hub": True,
+        "hub_model_id": "tiny-toybox",
+        "hub_private": False,
+    }
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "home", WRITE_TOKEN)
+        hub.broken = "/commit/"
+        with pytest.raises(SystemExit, match="error: cannot push to 'user/tiny-toybox': the Hub answered 500 "):
+            run(script, **arguments)
+        MovieGenPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+        figures = json.loads(re.search(r"^{.*}$", capsys.readouterr().out, re.M)[0])
+        repository = hub.repositories["user/tiny-toybox"]
+        assert repository.files.keys() == {".gitattributes"}
+
+        # The next try has no step left to do, and measures again what the card says.
+        hub.broken = None
+        run(script, resume_from_checkpoint="latest", **arguments)
+        assert capsys.readouterr().out.splitlines()[-1] == f"{hub.url}/user/tiny-toybox"
+        folder = tmp_path / "run" / "pipeline"
+        pushed = {path: file.content for path, file in repository.files.items() if path != ".gitattributes"}
+        assert pushed == {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        card = ModelCard((folder / "README.md").read_text())
+        for name in ("validation_loss", "colour", "shape", "motion", "background", "all"):
+            assert f"| {name} | {figures[name]:.4g} |" in card.text
+        assert "Toybox alone: 12 pictures and 12 clips, 48 x 32 pixels" in card.text
+        assert "| learning_rate | 0.0006 |" in card.text and "| vae | .../vae |" in card.text
+        assert str(tmp_path.parent) not in card.text
+        assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "text-to-video")
+
+        snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+        environment = hub.environment(tmp_path / "elsewhere") | {"PYTHONPATH": str(ROOT)}
+        (tmp_path / "work").mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", snippet],
+            cwd=tmp_path / "work",
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["film.mp4"]
+
+
+def test_the_card_of_an_image_run_draws_a_picture(script, small, pipe, tmp_path, monkeypatch):
+    args = script.Arguments(output_dir="", stage="image", transformer="runs/t2i/transformer", **small)
+    card = script.model_card(args, "user/tiny", {"validation_loss": 1.0}, num_processes=2)
+    assert card.data.pipeline_tag == "text-to-image"
+    assert "| processes | 2 |" in card.text and "Training started from `runs/t2i/transformer`" in card.text
+    pipe.save_pretrained(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+    exec(snippet.replace("user/tiny", "./pipeline"), {})
+    assert Image.open("picture.png").size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "token", "message"),
+    [
+        (
+            {"push_to_hub": True},
+            WRITE_TOKEN,
+            "--push_to_hub: pass the repository to push to, --hub_model_id user/name",
+        ),
+        (
+            {"hub_model_id": "user/tiny"},
+            WRITE_TOKEN,
+            "--hub_model_id and --hub_private do nothing without --push_to_hub",
+        ),
+        ({"hub_private": True}, WRITE_TOKEN, "--hub_model_id and --hub_private do nothing without --push_to_hub"),
+        ({"push_to_hub": True, "hub_model_id": "a b"}, WRITE_TOKEN, "'a b' is not the name of a Hub repository"),
+        ({"push_to_hub": True, "hub_model_id": "user/tiny"}, None, "there is no Hub token"),
+        ({"push_to_hub": True, "hub_model_id": "user/tiny"}, READ_TOKEN, "the token may not write there"),
+    ],
+)
+def test_pushing_is_checked_before_anything_is_done(script, small, tmp_path, monkeypatch, arguments, token, message):
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "home", token)
+        with pytest.raises((ValueError, OSError), match=message):
+            run(script, output_dir=tmp_path / "run", **(small | arguments))
+    assert not (tmp_path / "run").exists()

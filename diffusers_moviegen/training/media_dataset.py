@@ -1,0 +1,773 @@
+"""Pictures and films of one's own: tables and WebDataset shards, decoded to the sizes and lengths of the buckets.
+
+    dataset = MediaDataset("clips", frame_rate=16, buckets=Buckets(resolution=256), exclude=["heldout-*"])
+    print(dataset.report)
+
+Whatever cannot be used is skipped, counted and named with the reason in the report.
+"""
+
+import csv
+import io
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from .buckets import Bucket, Buckets
+
+
+logger = logging.get_logger(__name__)
+
+TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+# Which members of a WebDataset shard are media.
+FILM_EXTENSIONS = ("avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm")
+PICTURE_EXTENSIONS = ("bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+
+_NOT_MEDIA = "no picture or film that can be decoded"
+
+# Containers whose header says how long the film is; others only guess it from the size of the file.
+_CONTAINERS_WITH_DURATION = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+
+# FFmpeg also reads playlists, lists of files and addresses of streams, which would open whatever a data set names, and
+# text, as the screen of a terminal. Sounds are here to be told apart from what cannot be read at all.
+_FORMATS = (
+    "aac,aiff,apng,asf,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mp3,mpeg,mpegts,mpegvideo,mxf,nut,ogg,rm,"
+    "wav,yuv4mpegpipe"
+)
+
+# FFmpeg's own decoders drop the transparency of these.
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
+class MediaError(ValueError):
+    """Why one file cannot be used: a `reason` that many files may share, and the `detail` of this one or ""."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+@dataclass
+class MediaReport:
+    """What became of the samples of a source; `str()` of it has one line for the used ones and one for each reason.
+
+    Attributes:
+        source: the table or the shards.
+        num_images, num_videos: samples used, of one frame and of more.
+        skipped: names of the skipped samples by reason, in the order met. A pattern of `exclude` that matches nothing
+            has an empty list.
+    """
+
+    source: str
+    num_images: int = 0
+    num_videos: int = 0
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    max_names = 20
+    """How many names a line of the text has; `skipped` has them all."""
+
+    def count(self, num_frames: int) -> None:
+        """Counts a used sample of `num_frames` frames."""
+        self.num_images += num_frames == 1
+        self.num_videos += num_frames > 1
+
+    def add(self, name: str, reason: str, detail: str = "") -> None:
+        self.skipped.setdefault(reason, []).append(f"{name} ({detail})" if detail else name)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(len, self.skipped.values()))
+
+    def __str__(self) -> str:
+        used = self.num_images + self.num_videos
+        lines = [
+            f"{self.source}: {used} of {used + self.num_skipped} samples used "
+            f"({self.num_images} images, {self.num_videos} videos)"
+        ]
+        for reason, names in self.skipped.items():
+            text = ", ".join(names[: self.max_names])
+            more = f" and {len(names) - self.max_names} more" if len(names) > self.max_names else ""
+            lines.append(f"skipped {len(names)}, {reason}{': ' if names else ''}{text}{more}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file shows, upright and with square pixels.
+
+    Attributes:
+        height, width: pixels of the picture as displayed.
+        duration: seconds from the first frame to the end of the last one; None for a picture.
+    """
+
+    height: int
+    width: int
+    duration: float | None = None
+
+    def num_frames(self, frame_rate: float) -> int:
+        """Frames at `frame_rate`; the last counts if the film lasts for half of it or more. A picture has 1."""
+        return 1 if self.duration is None else math.floor(self.duration * frame_rate + 0.5)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------
+
+
+def _open_image(source: str | Path | bytes) -> Image.Image | None:
+    """The picture in a file or in its bytes; None if it is none, or an animation."""
+    if isinstance(source, bytes):
+        if not source:
+            raise MediaError("empty file")
+        source = io.BytesIO(source)
+    else:
+        try:
+            size = Path(source).stat().st_size
+        except (OSError, ValueError) as error:
+            raise MediaError("no such file") from error
+        if size == 0:
+            raise MediaError("empty file")
+    try:
+        image = Image.open(source)
+    except UnidentifiedImageError:
+        return None
+    except OSError as error:
+        raise MediaError("unreadable file", error.strerror or str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise MediaError("picture too large", str(error)) from error
+    except Exception as error:
+        # What Pillow raises for damaged files depends on the format and on where the damage is.
+        raise MediaError("damaged or truncated picture", str(error)) from error
+    if image.format == "EPS":
+        # Pillow would run it, as a program, with Ghostscript.
+        raise MediaError(_NOT_MEDIA, "PostScript")
+    # Other formats hold pages, or a photograph and its previews.
+    if image.format in ("GIF", "PNG", "WEBP", "AVIF") and _is_animated(image):
+        image.close()
+        return None
+    return image
+
+
+def _is_animated(image: Image.Image) -> bool:
+    try:
+        return getattr(image, "is_animated", False)
+    except Exception as error:
+        # A GIF is read to its end for this.
+        raise MediaError("damaged or truncated picture", str(error)) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion clips at 255 instead of scaling.
+            return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8)).convert(
+                "RGB"
+            )
+        if image.mode in ("I", "F"):
+            raise MediaError("pixels without a known range", f"Pillow's mode {image.mode}")
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            black.alpha_composite(image.convert("RGBA"))
+            image = black
+        return image.convert("RGB")
+    except MediaError:
+        raise
+    except Exception as error:
+        # See `_open_image`.
+        raise MediaError("damaged or truncated picture", str(error)) from error
+
+
+def _resize_and_crop(image: Image.Image, height: int, width: int, pixel_aspect: float = 1.0) -> np.ndarray:
+    """The largest part around the centre that has the shape asked for, at that size: uint8 `(height, width, 3)`.
+
+    Bicubic, antialiased when it shrinks. `pixel_aspect` is the width of a pixel over its height.
+    """
+    aspect = width / height / pixel_aspect
+    box_width, box_height = min(image.width, image.height * aspect), min(image.height, image.width / aspect)
+    left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+# --- Films ------------------------------------------------------------------------------------------------------
+
+
+def _open_film(source: str | Path | bytes):
+    """An open `av` container and the stream that is its film."""
+    import av
+
+    container = av.open(
+        io.BytesIO(source) if isinstance(source, bytes) else str(source),
+        options={"format_whitelist": _FORMATS},
+        # Old programs wrote titles in encodings of their own.
+        metadata_errors="replace",
+    )
+    try:
+        covers = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+        if not streams:
+            raise MediaError("no video stream")
+        if streams[0].codec_context is None:
+            raise MediaError("no decoder for the film's codec")
+        return container, streams[0]
+    except BaseException:
+        container.close()
+        raise
+
+
+def _decoder(stream):
+    import av
+
+    name = stream.codec_context.name
+    if stream.metadata.get("alpha_mode") == "1" and name in _ALPHA_DECODERS:
+        return av.CodecContext.create(_ALPHA_DECODERS[name], "r")
+    return stream.codec_context
+
+
+def _frames(container, stream) -> Iterator:
+    decoder = _decoder(stream)
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise MediaError("damaged or truncated film")
+        for frame in decoder.decode(packet if packet.size else None):
+            if frame.pts is None:
+                raise MediaError("film without timestamps")
+            if frame.is_corrupt:
+                raise MediaError("damaged or truncated film", f"at {float(frame.pts * stream.time_base):.2f} s")
+            yield frame
+
+
+def _display_matrix(frame) -> tuple[int, int, int, int]:
+    """`a, b, c, d`: what lies at `(x, y)` of the stored picture is displayed at `(a x + c y, b x + d y)`."""
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
+            return a, b, c, d
+    return 1, 0, 0, 1
+
+
+def _is_sideways(matrix: tuple[int, int, int, int]) -> bool:
+    a, b, _, _ = matrix
+    return abs(b) > abs(a)
+
+
+def _upright_frame(frame, matrix: tuple[int, int, int, int]) -> Image.Image:
+    from av.video.reformatter import Interpolation
+
+    flags = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = frame.to_ndarray(format="rgba", interpolation=flags).astype(np.uint16)
+        pixels = ((pixels[..., :3] * pixels[..., 3:] + 127) // 255).astype(np.uint8)
+    else:
+        pixels = frame.to_ndarray(format="rgb24", interpolation=flags)
+    a, b, c, d = matrix
+    if _is_sideways(matrix):
+        pixels, flip_x, flip_y = pixels.swapaxes(0, 1), c < 0, b < 0
+    else:
+        flip_x, flip_y = a < 0, d < 0
+    pixels = pixels[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def _pixel_aspect(stream, matrix: tuple[int, int, int, int]) -> float:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return 1 / aspect if _is_sideways(matrix) else aspect
+
+
+def _probe_film(container, stream) -> MediaInfo:
+    decoder, first, times, ends = _decoder(stream), None, [], []
+    for packet in container.demux():
+        end = None
+        if packet.pts is not None and not packet.is_discard:
+            end = (packet.pts + (packet.duration or 0)) * packet.time_base
+            ends.append(end)
+        if packet.stream.index != stream.index:
+            continue
+        if packet.is_corrupt:
+            raise MediaError("damaged or truncated film")
+        if end is not None:
+            times.append((packet.pts * stream.time_base, end))
+        if first is None:
+            first = next(iter(decoder.decode(packet if packet.size else None)), None)
+    if first is None:
+        raise MediaError("no frame can be decoded")
+    if not times or first.pts is None:
+        raise MediaError("film without timestamps")
+    if container.format.name in _CONTAINERS_WITH_DURATION and container.duration:
+        # A player's clock starts at 0 even when the first packet does not.
+        promised, held = container.duration / 1e6, float(max(ends) - (container.start_time or 0) / Fraction(10**6))
+        if promised - held > 0.5:
+            raise MediaError("damaged or truncated film", f"{held:.2f} s of {promised:.2f} s")
+    last, end = max(times)
+    if end == last and stream.average_rate:
+        end += 1 / stream.average_rate
+    matrix = _display_matrix(first)
+    height, width = (first.width, first.height) if _is_sideways(matrix) else (first.height, first.width)
+    width = max(round(width * _pixel_aspect(stream, matrix)), 1)
+    return MediaInfo(height, width, float(end - first.pts * stream.time_base))
+
+
+def probe_media(source: str | Path | bytes) -> MediaInfo:
+    """Looks at a picture or film by its content, whatever its name says.
+
+    A picture is decoded. Of a film all packets are read, for true timestamps, and the first frame is decoded: damage
+    further on is found by [`read_media`].
+
+    Args:
+        source: a file, or its content.
+
+    Raises:
+        MediaError: if it cannot be used: missing, empty, neither picture nor film, without a video stream (the cover
+            of a song is none), without timestamps, damaged, or truncated by more than half a second.
+    """
+    import av
+
+    image = _open_image(source)
+    if image is not None:
+        with image:
+            upright = _upright_rgb(image)
+        return MediaInfo(upright.height, upright.width)
+    try:
+        container, stream = _open_film(source)
+        with container:
+            return _probe_film(container, stream)
+    except av.FFmpegError as error:
+        raise MediaError(_NOT_MEDIA, error.strerror or "") from error
+
+
+def read_media(
+    source: str | Path | bytes,
+    num_frames: int,
+    height: int,
+    width: int,
+    frame_rate: float | None = None,
+    start: float = 0.0,
+) -> torch.Tensor:
+    """Decodes a picture or a window of a film.
+
+    Frame `k` is the last one that is on screen at `start + k / frame_rate` seconds after the film's first frame, by
+    the timestamps of the file, so a variable frame rate comes out right; the clock's rounding is allowed for. The last
+    frame stays on screen. Rotation, mirroring and non-square pixels are applied, the centre is cropped to the shape
+    asked for and resized (bicubic, antialiased), transparent parts turn black. Values above 8 bit are scaled; HDR is
+    not tone-mapped.
+
+    Args:
+        source: a file, or its content.
+        num_frames: frames to decode, 1 for a picture.
+        height, width: pixels.
+        frame_rate: frames a second; needed for films.
+        start: seconds.
+
+    Returns:
+        `torch.Tensor` of shape `(3, num_frames, height, width)`, uint8.
+
+    Raises:
+        MediaError: if the file, or this part of it, cannot be decoded.
+    """
+    import av
+
+    image = _open_image(source)
+    if image is not None:
+        if num_frames != 1:
+            raise ValueError(f"a picture has 1 frame, not {num_frames}")
+        with image:
+            pixels = _resize_and_crop(_upright_rgb(image), height, width)
+        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[:, None].contiguous()
+    if frame_rate is None or not 0 < frame_rate < math.inf:
+        raise ValueError(f"`frame_rate` must be above 0 frames a second to decode a film, not {frame_rate}")
+    try:
+        container, stream = _open_film(source)
+        with container:
+            video = _read_film(container, stream, num_frames, height, width, frame_rate, start)
+    except av.FFmpegError as error:
+        raise MediaError("damaged or truncated film", error.strerror or "") from error
+    return torch.from_numpy(video).permute(3, 0, 1, 2).contiguous()
+
+
+def _read_film(container, stream, num_frames, height, width, frame_rate, start) -> np.ndarray:
+    rate, tick = Fraction(frame_rate).limit_denominator(1001), stream.time_base
+    # A clock of 1 ms counts 24 frames a second as 0, 42, 83 ms: "at or before" must not miss a frame by its rounding.
+    # A clock of one tick a frame rounds nothing.
+    tolerance = tick / 2 if tick <= Fraction(1, 100) else 0
+    frames = _frames(container, stream)
+    frame = next(frames, None)
+    if frame is None:
+        raise MediaError("no frame can be decoded")
+    matrix = _display_matrix(frame)
+    pixel_aspect = _pixel_aspect(stream, matrix)
+    begin = frame.pts * tick + Fraction(start).limit_denominator(10**6)
+    limits = [math.floor((begin + k / rate + tolerance) / tick) for k in range(num_frames)]
+
+    if start > 0:
+        # To the key frame at or before the window; should the index lead behind it, all is decoded from the start.
+        origin = frame.pts
+        for offset in (limits[0], origin):
+            container.seek(offset, stream=stream)
+            frames = _frames(container, stream)
+            frame = next(frames, None)
+            if frame is not None and frame.pts <= limits[0]:
+                break
+        else:
+            raise MediaError("damaged or truncated film", f"nothing to decode at {start:.2f} s")
+
+    video = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    filled = 0
+    while frame is not None and filled < num_frames:
+        following = next(frames, None)
+        # How many of the target times this frame is on screen for: until the next one, or to the end.
+        count = sum(following is None or limit < following.pts for limit in limits[filled:])
+        if count:
+            pixels = _resize_and_crop(_upright_frame(frame, matrix), height, width, pixel_aspect)
+            video[filled : filled + count] = pixels
+            filled += count
+        frame = following
+    return video
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------
+
+
+def _find_table(source: str | Path) -> Path:
+    path = Path(source)
+    if not path.exists():
+        try:
+            path = Path(snapshot_download(str(source), repo_type="dataset"))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"'{source}' is no file or folder here, and no data set of the Hub could be loaded by this name: "
+                f"{reason}"
+            ) from error
+    if path.is_file():
+        if path.suffix not in (".csv", ".jsonl", ".parquet"):
+            raise ValueError(f"'{path}' is no table: pass a .csv, .jsonl or .parquet file, or the folder it is in.")
+        return path
+    tables = [path / name for name in TABLE_NAMES if (path / name).is_file()]
+    if not tables:
+        shards = " Its .tar files are shards: read them with MediaStream." if any(path.glob("*.tar")) else ""
+        raise OSError(f"'{path}' has no table of captions: add one of {', '.join(TABLE_NAMES)}.{shards}")
+    if len(tables) > 1:
+        names = " and ".join(table.name for table in tables)
+        raise OSError(f"'{path}' has {names}: pass the path of the one to use.")
+    return tables[0]
+
+
+def _load_table(path: Path, columns: tuple[str, str]):
+    """The table as a `datasets.Dataset`; what the `columns` hold is text, be it "007", "None" or nothing at all."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if path.stat().st_size == 0:
+        raise ValueError(f"'{path}' cannot be read as a table with rows: the file is empty.")
+    builder = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[path.suffix]
+    options = {}
+    try:
+        if path.suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file), [])
+            # By default the caption "None" is a missing value, as is the empty field of a column of numbers.
+            others = {name: [""] for name in header if name not in columns}
+            options = {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "na_values": others}
+        table = load_dataset(builder, data_files=str(path), split="train", **options)
+    except (DatasetGenerationError, ValueError) as error:
+        # What is wrong with the file is at the bottom of the chain.
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(
+            f"'{path}' cannot be read as a table with rows: {str(cause).strip().splitlines()[0]}"
+        ) from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise ValueError(
+            f"'{path}' has no column {' and no column '.join(map(repr, missing))}: its columns are "
+            f"{', '.join(table.column_names)}."
+        )
+    return table
+
+
+def _excluding_pattern(name: str, exclude: Sequence[str]) -> str | None:
+    names = (name, PurePosixPath(name).name)
+    return next((pattern for pattern in exclude if any(fnmatchcase(name, pattern) for name in names)), None)
+
+
+def _new_report(source: str, exclude: Sequence[str]) -> MediaReport:
+    if isinstance(exclude, str):
+        raise ValueError(f"`exclude` is a list of patterns, not the text {exclude!r}: write [{exclude!r}].")
+    return MediaReport(source, skipped={_excluded_by(pattern): [] for pattern in exclude})
+
+
+def _excluded_by(pattern: str) -> str:
+    return f"excluded by '{pattern}'"
+
+
+def _choose_bucket(info: MediaInfo, buckets: Buckets, frame_rate: float) -> Bucket:
+    num_frames = info.num_frames(frame_rate)
+    bucket = buckets.assign(info.height, info.width, num_frames, is_image=info.duration is None)
+    if bucket is None:
+        shortest = f"shorter than {min(buckets.lengths)} frames at {frame_rate:g} frames a second"
+        raise MediaError(shortest, f"{num_frames} frames")
+    return bucket
+
+
+def _window_start(info: MediaInfo, bucket: Bucket, frame_rate: float, position: float) -> float:
+    """Seconds; `position` is 0 for the first possible window and 1 for the last one."""
+    return position * max((info.duration or 0.0) - bucket.num_frames / frame_rate, 0.0)
+
+
+def _check_frame_rate(frame_rate: float) -> None:
+    if not 0 < frame_rate < math.inf:
+        raise ValueError(f"`frame_rate` must be above 0 frames a second, not {frame_rate}")
+
+
+@dataclass(frozen=True)
+class MediaSample:
+    """A usable row of a table.
+
+    Attributes:
+        name: what the table calls the file.
+        path: where it is.
+        caption: its caption, without spaces around it.
+        row: its number in the table, from 0.
+        info: size and duration.
+        bucket: the size and length it is read at.
+    """
+
+    name: str
+    path: Path
+    caption: str
+    row: int
+    info: MediaInfo
+    bucket: Bucket
+
+
+class MediaDataset(torch.utils.data.Dataset):
+    """Pictures and films beside a table of their captions.
+
+    The table is read with `datasets`, and every file is looked at once ([`probe_media`]); what cannot be used is in
+    `report`, which is logged as a warning if anything was skipped. `dataset[index]` is a dictionary:
+
+    | key | value |
+    | --- | --- |
+    | video | uint8 tensor of shape `(3, num_frames, height, width)`, the sizes of the sample's bucket |
+    | caption | text |
+    | name | the file's name in the table |
+    | frame_rate | frames a second, float |
+    | columns | the other columns of the table |
+
+    Batches of one shape come from [`BucketLoader`].
+
+    Args:
+        source: a folder with a `metadata.csv`, `metadata.jsonl` or `metadata.parquet`, the path of such a table under
+            any name, or the id of a data set of the Hub that has one (it is downloaded to the Hub's cache).
+        frame_rate: frames a second that films are read at.
+        buckets: the sizes and lengths.
+        file_column: column with the files' paths, relative to the table.
+        caption_column: column with the captions.
+        exclude: glob patterns (`*`, `?`, `[...]`); a file is left out if its name in the table, with or without
+            folders, matches one.
+
+    Attributes:
+        samples (`list[MediaSample]`): what can be used, in the table's order.
+        report (`MediaReport`): what was used and what was skipped.
+
+    Raises:
+        OSError: if there is no such source, or a folder has no table or several.
+        ValueError: if the table cannot be read, lacks a column, has no caption at all, or no sample can be used.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        frame_rate: float,
+        buckets: Buckets,
+        *,
+        file_column: str = "file_name",
+        caption_column: str = "caption",
+        exclude: Sequence[str] = (),
+    ):
+        _check_frame_rate(frame_rate)
+        path = _find_table(source)
+        self.frame_rate, self.report = float(frame_rate), _new_report(str(path), exclude)
+        self._table = _load_table(path, (file_column, caption_column))
+        self._others = [name for name in self._table.column_names if name not in (file_column, caption_column)]
+        names = ["" if name is None else str(name).strip() for name in self._table[file_column]]
+        captions = ["" if text is None else str(text).strip() for text in self._table[caption_column]]
+        if names and not any(captions):
+            raise ValueError(f"'{path}' has no captions: the column {caption_column!r} is empty in every row.")
+
+        self.samples: list[MediaSample] = []
+        for row, (name, caption) in enumerate(
+            zip(tqdm(names, desc=f"probing {path.parent.name}", disable=None), captions, strict=True)
+        ):
+            pattern = _excluding_pattern(name, exclude)
+            try:
+                if pattern is not None:
+                    raise MediaError(_excluded_by(pattern))
+                if not name:
+                    raise MediaError("no file name")
+                if not caption:
+                    raise MediaError("empty caption")
+                info = probe_media(path.parent / name)
+                bucket = _choose_bucket(info, buckets, frame_rate)
+            except MediaError as error:
+                self.report.add(name or f"row {row}", error.reason, error.detail)
+                continue
+            self.report.count(bucket.num_frames)
+            self.samples.append(MediaSample(name, path.parent / name, caption, row, info, bucket))
+        if not self.samples:
+            reasons = [f"{len(names)} {reason}" for reason, names in self.report.skipped.items() if names]
+            raise ValueError(f"'{path}' has no usable sample: {'; '.join(reasons)}.")
+        if self.report.skipped:
+            logger.warning(str(self.report))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int, position: float = 0.0) -> dict[str, Any]:
+        """The sample `index` with the window of its film at `position`: 0 is the first possible, 1 the last.
+
+        Raises:
+            MediaError: if the file has damage that only decoding finds, or is gone.
+        """
+        sample = self.samples[index]
+        start = _window_start(sample.info, sample.bucket, self.frame_rate, position)
+        return {
+            "video": read_media(sample.path, *sample.bucket, self.frame_rate, start),
+            "caption": sample.caption,
+            "name": sample.name,
+            "frame_rate": self.frame_rate,
+            "columns": {name: self._table[sample.row][name] for name in self._others},
+        }
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+
+# --- Shards -----------------------------------------------------------------------------------------------------
+
+
+class MediaStream(torch.utils.data.IterableDataset):
+    """WebDataset shards, streamed with `datasets` and split among ranks and the workers of a `DataLoader`.
+
+    A sample is the members of a tar file whose names differ in their extension only: one picture or film
+    (`PICTURE_EXTENSIONS`, `FILM_EXTENSIONS`) and its caption, either a `.txt` or the field `caption_column` of a
+    `.json`. Pictures and films may be mixed. The items are those of [`MediaDataset`], with the `.json`'s fields as
+    "columns" and a window of the film drawn anew every epoch; a sample that cannot be used is an item with the keys
+    "name", "reason" and "detail" only. Batches of one shape, and the report, come from [`StreamLoader`].
+
+    Ranks get whole shards if their number is a multiple of the number of ranks; otherwise every rank reads all shards
+    and keeps its share of the samples. Every sample is read once an epoch, by one rank, in an order that `seed` and
+    the epoch decide.
+
+    Args:
+        shards: path, URL (`https://`, `hf://datasets/...`) or glob pattern of tar files, or a list of them.
+        frame_rate, buckets, caption_column, exclude: as for [`MediaDataset`]; patterns are matched against the name of
+            the medium within its shard.
+        seed: seed of the order.
+        shuffle_buffer: from how many samples the next one is drawn, besides the shuffled order of shards. Their files
+            are held in memory.
+        rank, num_replicas: this process and how many there are.
+
+    Raises:
+        OSError: if there are no such shards, or, while reading, if one is damaged.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        frame_rate: float,
+        buckets: Buckets,
+        *,
+        caption_column: str = "caption",
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        shuffle_buffer: int = 100,
+        rank: int = 0,
+        num_replicas: int = 1,
+    ):
+        from datasets import Features, Image, Json, Value, Video, load_dataset
+        from datasets.distributed import split_dataset_by_node
+
+        _check_frame_rate(frame_rate)
+        self.shards = [str(shards)] if isinstance(shards, (str, Path)) else [str(shard) for shard in shards]
+        self.frame_rate, self.buckets, self.caption_column = float(frame_rate), buckets, caption_column
+        self.exclude, self.seed, self.epoch = exclude, seed, 0
+        self.new_report()
+        # Without features the first samples decide what the shards may hold, and all of it must be of one kind.
+        features = {"__key__": Value("string"), "__url__": Value("string"), "txt": Value("string"), "json": Json()}
+        features |= {name: Video(decode=False) for name in FILM_EXTENSIONS}
+        features |= {name: Image(decode=False) for name in PICTURE_EXTENSIONS}
+        stream = load_dataset(
+            "webdataset", data_files=self.shards, split="train", streaming=True, features=Features(features)
+        )
+        stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self._stream = split_dataset_by_node(stream, rank=rank, world_size=num_replicas)
+
+    def new_report(self) -> MediaReport:
+        """An empty report of these shards."""
+        return _new_report(", ".join(self.shards), self.exclude)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self.epoch = epoch
+        self._stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        last = ""
+        samples = iter(self._stream)
+        while True:
+            try:
+                sample = next(samples, None)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise OSError(f"a shard of {', '.join(self.shards)} is damaged{last}: {reason}") from error
+            if sample is None:
+                return
+            last = f", after sample '{sample['__key__']}' of '{sample['__url__']}'"
+            yield self._read(sample)
+
+    def _read(self, sample: dict[str, Any]) -> dict[str, Any]:
+        media = [name for name in FILM_EXTENSIONS + PICTURE_EXTENSIONS if sample[name] is not None]
+        name = f"{sample['__key__']}.{media[0]}" if media else sample["__key__"]
+        try:
+            if not media:
+                raise MediaError("no picture or film")
+            pattern = _excluding_pattern(name, self.exclude)
+            if pattern is not None:
+                raise MediaError(_excluded_by(pattern))
+            columns = dict(sample["json"]) if isinstance(sample["json"], dict) else {}
+            caption = str(columns.pop(self.caption_column, None) or sample["txt"] or "").strip()
+            if not caption:
+                raise MediaError("empty caption", f"its .json has {', '.join(columns)}" if columns else "")
+            content = sample[media[0]]["bytes"]
+            info = probe_media(content)
+            bucket = _choose_bucket(info, self.buckets, self.frame_rate)
+            # Decided by the name, so that it does not depend on which worker reads it.
+            position = np.random.default_rng([self.seed, self.epoch, zlib.crc32(name.encode())]).random()
+            start = _window_start(info, bucket, self.frame_rate, position)
+            video = read_media(content, *bucket, self.frame_rate, start)
+        except MediaError as error:
+            return {"name": name, "reason": error.reason, "detail": error.detail}
+        return {
+            "video": video,
+            "caption": caption,
+            "name": name,
+            "frame_rate": self.frame_rate,
+            "columns": columns,
+        }

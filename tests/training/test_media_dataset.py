@@ -1,0 +1,579 @@
+"""Reading other people's pictures and films: right, or skipped with a reason."""
+
+import bisect
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+
+from diffusers_moviegen.media import save_video
+from diffusers_moviegen.training import (
+    Buckets,
+    MediaDataset,
+    MediaError,
+    MediaInfo,
+    MediaReport,
+    MediaStream,
+    probe_media,
+    read_media,
+)
+from tests.training.films import cut_off, grey_frames, numbers, quarters, write_film, write_sound
+
+
+SMALL = Buckets(resolution=32, lengths=(4, 8, 12))
+
+
+@pytest.fixture(autouse=True)
+def table_cache(tmp_path_factory, monkeypatch):
+    """Tables are not cached in the user's home."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+def noise(height, width, channels=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def pixels_of(video):
+    """The frames of `(3, frames, height, width)` as an array with channels last."""
+    return video.permute(1, 2, 3, 0).numpy()
+
+
+# --- Time ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frame_rate", [5, 12, 16, 24, 30, 48])
+@pytest.mark.parametrize("name", ["film.mp4", "film.mkv", "film.avi", "film.ts"])
+def test_constant_frame_rate(tmp_path, name, frame_rate):
+    codec = "mpeg4" if name == "film.avi" else "libx264"
+    path = write_film(tmp_path / name, grey_frames(24), codec=codec)
+    info = probe_media(path)
+    assert info.duration == pytest.approx(1, abs=0.002)
+    assert info.num_frames(frame_rate) == frame_rate
+    video = read_media(path, frame_rate, 32, 48, frame_rate)
+    assert video.shape == (3, frame_rate, 32, 48) and video.dtype == torch.uint8 and video.is_contiguous()
+    # Integers, where nothing is rounded: frame k is on screen from k / 24 to (k + 1) / 24.
+    assert numbers(video) == [k * 24 // frame_rate for k in range(frame_rate)]
+
+
+@pytest.mark.parametrize("frame_rate", [4, 10, 24, 29.97])
+def test_variable_frame_rate(tmp_path, frame_rate):
+    times = [0, 33, 100, 133, 480, 500, 1210, 1250, 1290, 1800]
+    path = write_film(tmp_path / "film.mkv", grey_frames(10), times=times)
+    count = int(1.79 * frame_rate)
+    expected = [bisect.bisect_right(times, 1000 * k / frame_rate + 1e-6) - 1 for k in range(count)]
+    assert numbers(read_media(path, count, 32, 48, frame_rate)) == expected
+    assert len(set(expected)) < 10 and expected[-1] == 8
+
+
+def test_a_clock_of_milliseconds_hides_no_frame(tmp_path):
+    # 41.67 ms is rounded to 42 ms in this container, which is after the target time of 41.67 ms.
+    path = write_film(tmp_path / "film.mkv", grey_frames(24), rate=24)
+    assert numbers(read_media(path, 24, 32, 48, 24)) == list(range(24))
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.mkv", "film.ts"])
+@pytest.mark.parametrize("start", [0.5, 9 / 24, 17.4 / 24, 19 / 24])
+def test_windows_start_anywhere(tmp_path, name, start):
+    # Key frames every 8 frames with reordered frames between them.
+    path = write_film(tmp_path / name, grey_frames(24), options={"g": "8", "bf": "2"})
+    expected = [int(start * 24 + 1e-6) + k for k in range(5)]
+    assert numbers(read_media(path, 5, 32, 48, 24, start)) == expected
+
+
+def test_content_in_memory_is_as_good_as_a_file(tmp_path):
+    path = write_film(tmp_path / "film.mp4", grey_frames(12))
+    assert probe_media(path.read_bytes()) == probe_media(path)
+    assert torch.equal(read_media(path.read_bytes(), 4, 16, 16, 12, 0.25), read_media(path, 4, 16, 16, 12, 0.25))
+
+
+def test_length_is_rounded_to_whole_frames():
+    assert MediaInfo(8, 8, 0.999).num_frames(24) == 24
+    assert MediaInfo(8, 8, 1.001).num_frames(24) == 24
+    assert MediaInfo(8, 8, 5 / 24).num_frames(16) == 3
+    assert MediaInfo(8, 8).num_frames(24) == 1
+
+
+# --- Pictures of films ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+def test_rotation_and_mirroring(tmp_path, degrees, mirrored):
+    stored = quarters()
+    path = write_film(tmp_path / "film.mp4", [stored] * 3, options={"crf": "1"}, rotation=(degrees, mirrored))
+    displayed = np.rot90(stored, degrees // 90)
+    displayed = displayed[:, ::-1] if mirrored else displayed
+    info = probe_media(path)
+    assert (info.height, info.width) == displayed.shape[:2]
+    decoded = pixels_of(read_media(path, 2, info.height, info.width, 24))
+    error = np.abs(decoded.astype(int) - displayed).mean()
+    assert error < 4
+    # The eight ways differ by far more than that.
+    assert np.abs(displayed[:, ::-1].astype(int) - displayed).mean() > 60
+
+
+def test_a_telephone_held_upright(tmp_path):
+    # The matrix that telephones write: a quarter turn clockwise.
+    path = write_film(tmp_path / "film.mov", [quarters(64, 96)] * 3, options={"crf": "1"}, rotation=(-90,))
+    top_left, top_right = pixels_of(read_media(path, 1, 96, 64, 24))[0][[8, 8], [8, 56]]
+    assert np.abs(top_left.astype(int) - (20, 20, 220)).max() < 12  # was below red
+    assert np.abs(top_right.astype(int) - (220, 20, 20)).max() < 12
+
+
+@pytest.mark.parametrize("height, width", [(47, 63), (63, 47), (31, 31)])
+def test_odd_and_portrait_sizes_are_exact(tmp_path, height, width):
+    frames = [noise(height, width, seed=seed) for seed in range(3)]
+    path = write_film(tmp_path / "film.mkv", frames, codec="ffv1", pix_fmt="bgr0")
+    assert probe_media(path) == MediaInfo(height, width, pytest.approx(3 / 24, abs=0.002))
+    np.testing.assert_array_equal(pixels_of(read_media(path, 3, height, width, 24)), np.stack(frames))
+
+
+def test_ten_bits(tmp_path):
+    ramp = np.tile(np.linspace(16, 235, 96).astype(np.uint8)[None, :, None], (64, 1, 3))
+    path = write_film(tmp_path / "film.mp4", [ramp] * 2, pix_fmt="yuv420p10le", options={"crf": "1"})
+    assert np.abs(pixels_of(read_media(path, 1, 64, 96, 24))[0].astype(int) - ramp).max() <= 3
+
+
+def test_tagged_colours(tmp_path):
+    # BT.709, which this writer tags, is not what an untagged film is taken for: errors of 20 levels and more.
+    save_video([quarters()] * 2, tmp_path / "film.mp4", 24)
+    decoded = pixels_of(read_media(tmp_path / "film.mp4", 1, 64, 96, 24))[0]
+    assert np.abs(decoded[8, 8].astype(int) - (220, 20, 20)).max() <= 3
+    assert np.abs(decoded[8, -8].astype(int) - (20, 220, 20)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "name, codec, pix_fmt, options, tolerance",
+    [
+        ("film.mkv", "ffv1", "bgra", {}, 1),
+        ("film.mov", "prores_ks", "yuva444p10le", {}, 6),
+        ("film.webm", "libvpx-vp9", "yuva420p", {"auto-alt-ref": "0", "cpu-used": "8", "crf": "4", "b": "0"}, 8),
+    ],
+)
+def test_transparent_films_are_laid_on_black(tmp_path, name, codec, pix_fmt, options, tolerance):
+    pixels = np.full((32, 48, 4), (200, 100, 40, 255), dtype=np.uint8)
+    pixels[:, 16:32, 3], pixels[:, 32:, 3] = 128, 0
+    path = write_film(tmp_path / name, [pixels] * 3, codec=codec, pix_fmt=pix_fmt, options=options)
+    decoded = pixels_of(read_media(path, 1, 32, 48, 24))[0].astype(int)
+    for column, colour in ((6, (200, 100, 40)), (24, (100, 50, 20)), (42, (0, 0, 0))):
+        assert np.abs(decoded[16, column] - colour).max() <= tolerance
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    path = write_film(tmp_path / "film.mp4", [quarters(64, 48)] * 2, sample_aspect_ratio=2, options={"crf": "1"})
+    info = probe_media(path)
+    assert (info.height, info.width) == (64, 96)
+    decoded = pixels_of(read_media(path, 1, 64, 96, 24))[0]
+    assert np.abs(decoded.astype(int) - quarters(64, 96)).mean() < 6
+    turned = write_film(tmp_path / "turned.mp4", [quarters(64, 48)] * 2, sample_aspect_ratio=2, rotation=(90,))
+    info = probe_media(turned)
+    assert info.width / info.height == 64 / 96
+
+
+def test_animated_gif_is_a_film(tmp_path):
+    frames = [Image.fromarray(frame) for frame in grey_frames(5)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    info = probe_media(tmp_path / "a.gif")
+    assert info.duration == pytest.approx(0.5)
+    assert numbers(read_media(tmp_path / "a.gif", 5, 32, 48, 10)) == list(range(5))
+
+
+# --- Pictures -------------------------------------------------------------------------------------------------
+
+
+def test_exif_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(quarters()).save(tmp_path / "a.png", exif=exif)
+    assert probe_media(tmp_path / "a.png") == MediaInfo(96, 64)
+    decoded = pixels_of(read_media(tmp_path / "a.png", 1, 96, 64))[0]
+    np.testing.assert_array_equal(decoded, np.rot90(quarters(), -1))
+
+
+def images():
+    colour = noise(24, 40)
+    grey = noise(24, 40, 1)[..., 0]
+    sixteen = np.random.default_rng(1).integers(0, 65536, (24, 40), dtype=np.uint16)
+    alpha = noise(24, 40, 1, seed=2)
+    on_black = np.rint(colour * (alpha / 255.0))
+    palette = Image.fromarray(colour).quantize(16)
+    indices = np.asarray(palette)
+    table = np.asarray(palette.convert("RGB"))
+    return {
+        "rgb": (Image.fromarray(colour), {}, colour),
+        "grey": (Image.fromarray(grey), {}, np.repeat(grey[..., None], 3, 2)),
+        "16 bit": (Image.fromarray(sixteen), {}, np.repeat(np.rint(sixteen[..., None] / 257), 3, 2)),
+        "1 bit": (Image.fromarray(grey > 127), {}, np.repeat(255 * (grey > 127)[..., None], 3, 2)),
+        "alpha": (Image.fromarray(np.concatenate([colour, alpha], 2)), {}, on_black),
+        "palette": (palette, {}, table),
+        "transparent palette": (palette, {"transparency": 3}, np.where(indices[..., None] == 3, 0, table)),
+        "transparent grey": (
+            Image.fromarray(grey),
+            {"transparency": int(grey[0, 0])},
+            np.repeat(np.where(grey == grey[0, 0], 0, grey)[..., None], 3, 2),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", images())
+def test_kinds_of_pictures(tmp_path, kind):
+    image, options, expected = images()[kind]
+    image.save(tmp_path / "a.png", **options)
+    assert probe_media(tmp_path / "a.png") == MediaInfo(24, 40)
+    video = read_media(tmp_path / "a.png", 1, 24, 40)
+    assert video.shape == (3, 1, 24, 40) and video.dtype == torch.uint8
+    assert np.abs(pixels_of(video)[0] - expected.astype(int)).max() <= 1
+
+
+def test_cmyk(tmp_path):
+    Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(tmp_path / "a.tif")
+    assert pixels_of(read_media(tmp_path / "a.tif", 1, 24, 40))[0, 5, 5].tolist() == [255, 0, 0]
+
+
+def test_shrinking_is_antialiased_and_keeps_the_centre(tmp_path):
+    rows, columns = np.mgrid[:128, :256]
+    board = np.repeat((255 * ((rows + columns) % 2))[..., None], 3, 2).astype(np.uint8)
+    board[:, :64] = (255, 0, 0)
+    board[:, 192:] = (0, 0, 255)
+    Image.fromarray(board).save(tmp_path / "a.png")
+    decoded = pixels_of(read_media(tmp_path / "a.png", 1, 32, 32))[0]
+    # A picture of 128 x 256 loses 64 columns on either side, red and blue, and its board becomes grey.
+    assert np.abs(decoded[:, 2:-2].astype(int) - 127.5).max() < 4
+    decoded = pixels_of(read_media(tmp_path / "a.png", 1, 16, 64))[0]
+    assert decoded[8, 4].tolist() == [255, 0, 0] and decoded[8, -4].tolist() == [0, 0, 255]
+
+
+# --- What cannot be used --------------------------------------------------------------------------------------
+
+
+def write_table(folder, rows, name="metadata.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows_of(*names):
+    return [{"file_name": name, "caption": f"caption of {name}"} for name in names]
+
+
+def bad_files(folder):
+    """Files with the reason and the detail they are to be skipped for."""
+    noisy = [noise(64, 96, seed=seed) for seed in range(48)]
+    write_sound(folder / "sound.mp4")
+    (folder / "zero.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a film\n" * 100)
+    (folder / "text.txt").write_text("not a film\n" * 100)
+    (folder / "text.png").write_text("not a picture\n" * 100)
+    cut_off(write_film(folder / "headless.mp4", noisy), 0.5)
+    cut_off(write_film(folder / "cut.mp4", noisy, container_options={"movflags": "faststart"}), 0.6)
+    cut_off(write_film(folder / "cut.mkv", noisy), 0.5)
+    write_film(folder / "short.mp4", grey_frames(3))
+    write_film(folder / "untimed.h264", grey_frames(12))
+    Image.fromarray(noise(64, 64)).save(folder / "cut.png")
+    cut_off(folder / "cut.png", 0.5)
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(folder / "float.tif")
+    (folder / "folder.mp4").mkdir()
+    return {
+        "missing.mp4": "no such file",
+        "sound.mp4": "no video stream",
+        "zero.mp4": "empty file",
+        "text.mp4": "no picture or film that can be decoded",
+        "text.txt": "no picture or film that can be decoded",
+        "text.png": "no picture or film that can be decoded",
+        "headless.mp4": "no picture or film that can be decoded",
+        "cut.mp4": "damaged or truncated film",
+        "cut.mkv": "damaged or truncated film",
+        "untimed.h264": "film without timestamps",
+        "cut.png": "damaged or truncated picture",
+        "float.tif": "pixels without a known range",
+        "folder.mp4": "unreadable file",
+    }
+
+
+def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path):
+    bad = bad_files(tmp_path)
+    for name, reason in bad.items():
+        with pytest.raises(MediaError) as error:
+            probe_media(tmp_path / name)
+        assert error.value.reason == reason, name
+    write_film(tmp_path / "good.mp4", grey_frames(12))
+    Image.fromarray(quarters()).save(tmp_path / "good.png")
+    rows = rows_of("good.mp4", *bad, "good.png", "short.mp4") + [
+        {"file_name": "good.mp4", "caption": " "},
+        {"file_name": None, "caption": "of nothing"},
+    ]
+    dataset = MediaDataset(write_table(tmp_path, rows), 24, SMALL)
+    assert [sample.name for sample in dataset.samples] == ["good.mp4", "good.png"]
+    assert (dataset.report.num_videos, dataset.report.num_images, dataset.report.num_skipped) == (1, 1, 16)
+    lines = str(dataset.report).splitlines()
+    assert lines[0] == f"{tmp_path / 'metadata.jsonl'}: 2 of 18 samples used (1 images, 1 videos)"
+    assert "skipped 1, no video stream: sound.mp4" in lines
+    assert "skipped 1, shorter than 4 frames at 24 frames a second: short.mp4 (3 frames)" in lines
+    assert "skipped 1, empty caption: good.mp4" in lines
+    assert "skipped 1, no file name: row 17" in lines
+    (cut,) = [line for line in lines if "truncated film" in line]
+    assert cut.startswith("skipped 2, damaged or truncated film: cut.mp4") and cut.endswith(" s of 2.00 s)")
+    assert len(lines) == 1 + len({*bad.values()}) + 3
+
+
+def test_a_long_report_names_the_first_and_counts_the_rest():
+    report = MediaReport("table.csv")
+    for index in range(25):
+        report.add(f"{index}.mp4", "no such file")
+    line = str(report).splitlines()[1]
+    assert line.startswith("skipped 25, no such file: 0.mp4, 1.mp4") and line.endswith("19.mp4 and 5 more")
+
+
+def test_damage_inside_a_film_is_found_when_it_is_read(tmp_path):
+    path = write_film(tmp_path / "film.mp4", [noise(64, 96, seed=seed) for seed in range(24)])
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(content)
+    assert probe_media(path).num_frames(24) == 24
+    with pytest.raises(MediaError, match="damaged or truncated film"):
+        read_media(path, 24, 32, 32, 24)
+
+
+def test_arguments_of_read_media(tmp_path):
+    Image.fromarray(quarters()).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="a picture has 1 frame, not 2"):
+        read_media(tmp_path / "a.png", 2, 16, 16, 24)
+    write_film(tmp_path / "film.mp4", grey_frames(4))
+    for frame_rate in (None, 0, float("nan")):
+        with pytest.raises(ValueError, match="`frame_rate` must be above 0"):
+            read_media(tmp_path / "film.mp4", 2, 16, 16, frame_rate)
+
+
+# --- Tables ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two films and two pictures in a folder of their own."""
+    folder = tmp_path / "clips"
+    (folder / "more").mkdir(parents=True)
+    write_film(folder / "long.mp4", grey_frames(24, 36, 64))
+    write_film(folder / "heldout-short.mp4", grey_frames(9, 64, 36))
+    Image.fromarray(quarters(40, 40)).save(folder / "007", format="PNG")
+    Image.fromarray(quarters(64, 48)).save(folder / "more" / "heldout-b.png")
+    return folder
+
+
+ROWS = [
+    {"file_name": "long.mp4", "caption": "a long, grey film", "source": "camera", "score": 1},
+    {"file_name": "heldout-short.mp4", "caption": "None", "source": "NA", "score": 2},
+    {"file_name": "007", "caption": "  four colours ", "source": "", "score": 3},
+    {"file_name": "more/heldout-b.png", "caption": "tall", "source": "drawn", "score": 4},
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_tables(folder, kind):
+    path = folder / f"metadata.{kind}"
+    if kind == "csv":
+        lines = [",".join(f'"{value}"' for value in row.values()) for row in ROWS]
+        path.write_text("\n".join([",".join(ROWS[0]), *lines]) + "\n")
+    elif kind == "jsonl":
+        write_table(folder, ROWS)
+    else:
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    for source in (folder, str(path)):
+        dataset = MediaDataset(source, 24, SMALL)
+        assert [sample.name for sample in dataset.samples] == [row["file_name"] for row in ROWS]
+        assert [sample.caption for sample in dataset.samples] == [row["caption"].strip() for row in ROWS]
+    # With multiples of 16, about 32 * 32 pixels are 32 x 48, 32 x 32 or 48 x 32.
+    assert [tuple(sample.bucket) for sample in dataset.samples] == [
+        *((12, 32, 48), (8, 48, 32)),
+        *((1, 32, 32), (1, 48, 32)),
+    ]
+    items = [dataset[index] for index in range(len(dataset))]
+    assert all(item["video"].shape == (3, *sample.bucket) for item, sample in zip(items, dataset.samples, strict=True))
+    assert [item["columns"]["score"] for item in items] == [1, 2, 3, 4]
+    assert items[3]["columns"] == {"source": "drawn", "score": 4}
+    assert items[0]["frame_rate"] == 24 and items[0]["name"] == "long.mp4"
+    assert numbers(items[0]["video"]) == list(range(12))
+    assert numbers(dataset.read(0, 1.0)["video"]) == list(range(12, 24))
+    assert numbers(dataset.read(0, 0.5)["video"]) == list(range(6, 18))
+
+
+def test_other_column_names(folder):
+    write_table(folder, [{"video": "long.mp4", "text": "grey", "caption": "kept"}])
+    dataset = MediaDataset(folder, 24, SMALL, file_column="video", caption_column="text")
+    assert dataset[0]["caption"] == "grey" and dataset[0]["columns"] == {"caption": "kept"}
+
+
+def test_exclude_is_obeyed_and_reported(folder):
+    write_table(folder, ROWS)
+    dataset = MediaDataset(folder, 24, SMALL, exclude=["heldout-*", "nothing-*"])
+    assert [sample.name for sample in dataset.samples] == ["long.mp4", "007"]
+    assert dataset.report.skipped == {
+        "excluded by 'heldout-*'": ["heldout-short.mp4", "more/heldout-b.png"],
+        "excluded by 'nothing-*'": [],
+    }
+    assert str(dataset.report).splitlines()[2] == "skipped 0, excluded by 'nothing-*'"
+    dataset = MediaDataset(folder, 24, SMALL, exclude=["more/*", "[0-9]*"])
+    assert [sample.name for sample in dataset.samples] == ["long.mp4", "heldout-short.mp4"]
+
+
+def test_tables_that_cannot_be_used(folder, tmp_path):
+    def refused(error, message, **options):
+        with pytest.raises(error, match=message) as raised:
+            MediaDataset(folder, 24, SMALL, **options)
+        assert "\n" not in str(raised.value)
+
+    refused(OSError, "clips' has no table of captions: add one of metadata.csv, metadata.jsonl, metadata.parquet.$")
+    (folder / "a.tar").touch()
+    refused(OSError, "Its .tar files are shards: read them with MediaStream.$")
+    write_table(folder, ROWS)
+    refused(
+        ValueError, "has no column 'text': its columns are file_name, caption, source, score", caption_column="text"
+    )
+    refused(ValueError, "has no column 'a' and no column 'b'", caption_column="b", file_column="a")
+    refused(ValueError, "`exclude` is a list of patterns, not the text 'heldout-\\*'", exclude="heldout-*")
+    refused(ValueError, "has no usable sample: 4 excluded by '\\*'", exclude=["*"])
+    write_table(folder, rows_of("gone.mp4", "gone.png"))
+    refused(ValueError, "has no usable sample: 2 no such file.$")
+    write_table(folder, [{"file_name": "long.mp4", "caption": ""}, {"file_name": "007", "caption": None}])
+    refused(ValueError, "has no captions: the column 'caption' is empty in every row")
+    (folder / "metadata.jsonl").write_text('{"file_name": "long.mp4", "caption')
+    refused(ValueError, "metadata.jsonl' cannot be read as a table with rows: ")
+    (folder / "metadata.jsonl").write_text("")
+    refused(ValueError, "metadata.jsonl' cannot be read as a table with rows: the file is empty")
+    (folder / "metadata.csv").write_text("file_name,caption\n")
+    refused(OSError, "has metadata.csv and metadata.jsonl: pass the path of the one to use")
+    (folder / "metadata.jsonl").unlink()
+    refused(ValueError, "metadata.csv' cannot be read as a table with rows")
+    with pytest.raises(ValueError, match="007' is no table: pass a .csv, .jsonl or .parquet file"):
+        MediaDataset(folder / "007", 24, SMALL)
+    with pytest.raises(ValueError, match="`frame_rate` must be above 0"):
+        MediaDataset(folder, 0, SMALL)
+
+
+def test_a_source_that_is_nowhere(tmp_path):
+    for name in ("owner/nothing", str(tmp_path / "missing")):
+        with pytest.raises(OSError, match=f"'{name}' is no file or folder here, and no data set of the Hub") as error:
+            MediaDataset(name, 24, SMALL)
+        assert "\n" not in str(error.value)
+
+
+def test_a_data_set_of_the_hub(folder, tmp_path, monkeypatch):
+    # What a download leaves in the Hub's cache; the client reads it without network.
+    write_table(folder, ROWS)
+    home = tmp_path / "hub" / "datasets--owner--clips"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    folder.rename(home / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    dataset = MediaDataset("owner/clips", 24, SMALL)
+    assert [sample.name for sample in dataset.samples] == [row["file_name"] for row in ROWS]
+    assert dataset[2]["video"].shape == (3, 1, 32, 32)
+
+
+def test_the_films_in_the_repository():
+    folder = Path(__file__).parents[2] / "examples/media"
+    dataset = MediaDataset(folder, 24, Buckets(resolution=64, lengths=(16, 64)))
+    assert dataset.report.num_videos == 4 and dataset.report.num_skipped == 0
+    attribution = (folder / "ATTRIBUTION.md").read_text()
+    assert all(sample.name in attribution for sample in dataset.samples)
+    assert {sample.bucket.num_frames for sample in dataset.samples} == {64}
+    item = dataset.read([sample.name for sample in dataset.samples].index("stream.mp4"))
+    assert item["video"].shape[:2] == (3, 64) and item["video"].float().std() > 20
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+
+
+# --- Shards ---------------------------------------------------------------------------------------------------
+
+
+def write_shard(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Four shards of three samples: a film, a picture and something that cannot be used."""
+    folder = tmp_path_factory.mktemp("shards")
+    film = write_film(folder / "film.mp4", grey_frames(24)).read_bytes()
+    Image.fromarray(quarters()).save(folder / "picture.png")
+    picture = (folder / "picture.png").read_bytes()
+    for index in range(4):
+        bad = [
+            {f"{index}/c.mp4": b"text" * 100, f"{index}/c.txt": b"x"},
+            {f"{index}/c.png": picture, f"{index}/c.json": b'{"text": "elsewhere"}'},
+            {f"{index}/c.txt": b"nothing to see", f"{index}/c.cls": b"3"},
+            {f"{index}/heldout-c.png": picture, f"{index}/heldout-c.txt": b"x"},
+        ][index]
+        write_shard(
+            folder / f"{index}.tar",
+            {
+                f"{index}/a.mp4": film,
+                f"{index}/a.json": json.dumps({"caption": f"film {index}", "tags": [index, "x"]}).encode(),
+                f"{index}/b.png": picture,
+                f"{index}/b.txt": f"picture {index}".encode(),
+                **bad,
+            },
+        )
+    return folder
+
+
+USABLE = sorted(f"{index}/{name}" for index in range(4) for name in ("a.mp4", "b.png"))
+
+
+def test_shards_are_streamed(shards):
+    stream = MediaStream(str(shards / "*.tar"), 24, SMALL, exclude=["heldout-*"], seed=3)
+    items = {item["name"]: item for item in stream}
+    assert sorted(name for name, item in items.items() if "video" in item) == USABLE
+    assert items["1/a.mp4"]["caption"] == "film 1" and items["1/a.mp4"]["columns"] == {"tags": [1, "x"]}
+    assert items["2/b.png"]["caption"] == "picture 2" and items["2/b.png"]["columns"] == {}
+    assert items["2/b.png"]["video"].shape == (3, 1, 32, 48)
+    shown = numbers(items["1/a.mp4"]["video"])
+    assert shown == list(range(shown[0], shown[0] + 12))
+    assert [items[name]["reason"] for name in ("0/c.mp4", "1/c.png", "2/c", "3/heldout-c.png")] == [
+        "no picture or film that can be decoded",
+        "empty caption",
+        "no picture or film",
+        "excluded by 'heldout-*'",
+    ]
+    assert items["1/c.png"]["detail"] == "its .json has text"
+
+    again = MediaStream(str(shards / "*.tar"), 24, SMALL, exclude=["heldout-*"], seed=3)
+    assert [item["name"] for item in again] == list(items)
+    again.set_epoch(1)
+    second = {item["name"]: item for item in again}
+    assert list(second) != list(items) and sorted(second) == sorted(items)
+    windows = [[numbers(run[f"{i}/a.mp4"]["video"])[0] for i in range(4)] for run in (items, second)]
+    assert windows[0] != windows[1] and len(set(windows[0])) > 1
+
+
+@pytest.mark.parametrize("num_replicas, num_workers", [(2, 0), (2, 2), (3, 0)])
+def test_shards_are_split_by_rank_and_worker(shards, num_replicas, num_workers):
+    seen = []
+    for rank in range(num_replicas):
+        stream = MediaStream(
+            [shards / f"{i}.tar" for i in range(4)], 24, SMALL, rank=rank, num_replicas=num_replicas, seed=1
+        )
+        items = list(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers))
+        assert len(items) == 12 // num_replicas
+        seen += [item["name"] for item in items]
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_damaged_and_missing_shards(shards, tmp_path):
+    content = (shards / "0.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:1500])
+    with pytest.raises(OSError, match=r"a shard of .*cut.tar is damaged.*: ReadError") as error:
+        list(MediaStream(tmp_path / "cut.tar", 24, SMALL))
+    assert "\n" not in str(error.value)
+    with pytest.raises(OSError, match="missing.tar"):
+        MediaStream(tmp_path / "missing.tar", 24, SMALL)
