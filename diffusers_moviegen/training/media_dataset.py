@@ -665,11 +665,12 @@ class MediaDataset(torch.utils.data.Dataset):
 class MediaStream(torch.utils.data.IterableDataset):
     """WebDataset shards, streamed with `datasets` and split among ranks and the workers of a `DataLoader`.
 
-    A sample is the members of a tar file whose names differ in their extension only: one picture or film
-    (`PICTURE_EXTENSIONS`, `FILM_EXTENSIONS`) and its caption, either a `.txt` or the field `caption_column` of a
-    `.json`. Pictures and films may be mixed. The items are those of [`MediaDataset`], with the `.json`'s fields as
-    "columns" and a window of the film drawn anew every epoch; a sample that cannot be used is an item with the keys
-    "name", "reason" and "detail" only. Batches of one shape, and the report, come from [`StreamLoader`].
+    A sample is the members of a tar file whose names differ in their extension only, which starts at the first dot of
+    the name: one picture or film (`PICTURE_EXTENSIONS`, `FILM_EXTENSIONS`, in small letters) and its caption, either a
+    `.txt` or the field `caption_column` of a `.json`. Pictures and films may be mixed. The items are those of
+    [`MediaDataset`], with the `.json`'s fields as "columns" and a window of the film drawn anew every epoch; a sample
+    that cannot be used is an item with the keys "name", "reason" and "detail" only. Batches of one shape, and the
+    report, come from [`StreamLoader`].
 
     Ranks get whole shards if their number is a multiple of the number of ranks; otherwise every rank reads all shards
     and keeps its share of the samples. Every sample is read once an epoch, by one rank, in an order that `seed` and
@@ -708,6 +709,7 @@ class MediaStream(torch.utils.data.IterableDataset):
         self.shards = [str(shards)] if isinstance(shards, (str, Path)) else [str(shard) for shard in shards]
         self.frame_rate, self.buckets, self.caption_column = float(frame_rate), buckets, caption_column
         self.exclude, self.seed, self.epoch = exclude, seed, 0
+        self.shuffle_buffer, self.num_replicas = shuffle_buffer, num_replicas
         self.new_report()
         # Without features the first samples decide what the shards may hold, and all of it must be of one kind.
         features = {"__key__": Value("string"), "__url__": Value("string"), "txt": Value("string"), "json": Json()}

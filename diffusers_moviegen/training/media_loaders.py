@@ -223,7 +223,10 @@ class StreamLoader:
             "epoch": self.epoch,
             "step": self.step,
             "batch_size": self.batch_size,
+            "num_replicas": self.stream.num_replicas,
+            "num_workers": self.num_workers,
             "seed": self.stream.seed,
+            "shuffle_buffer": self.stream.shuffle_buffer,
             "shards": self.stream.shards,
         }
 
@@ -231,7 +234,8 @@ class StreamLoader:
         """Goes on after the last batch handed out when `state_dict` was made; the epoch is read again up to it.
 
         Raises:
-            ValueError: if the shards, the seed or the size of the batches have changed.
+            ValueError: if what the order depends on has changed: the shards, the seed, the size of the batches or of
+                the shuffle buffer, or the number of ranks or workers, which share the shards out.
         """
         for name, value in self.state_dict().items():
             if name not in ("epoch", "step") and state_dict[name] != value:

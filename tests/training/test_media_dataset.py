@@ -322,6 +322,56 @@ def test_what_cannot_be_used_is_skipped_counted_and_named(tmp_path):
     assert len(lines) == 1 + len({*bad.values()}) + 3
 
 
+def test_nothing_but_the_file_itself_is_opened(tmp_path):
+    film = write_film(tmp_path / "film.mp4", grey_frames(12))
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.5,\n{film.name}\n#EXT-X-ENDLIST\n"
+    (tmp_path / "playlist.m3u8").write_text(playlist)
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {film.name}\n")
+    (tmp_path / "address.sdp").write_text("v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 31\n")
+    # With Ghostscript, Pillow would run this program.
+    Image.fromarray(quarters()).save(tmp_path / "program.jpg", "EPS")
+    for name in ("playlist.m3u8", "list.mp4", "address.sdp", "program.jpg"):
+        for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+            with pytest.raises(MediaError) as error:
+                probe_media(source)
+            assert error.value.reason == "no picture or film that can be decoded", name
+
+
+def test_titles_in_old_encodings(tmp_path):
+    film = write_film(tmp_path / "film.mkv", grey_frames(12))
+    assert b"Lavf" in film.read_bytes()
+    film.write_bytes(film.read_bytes().replace(b"Lavf", b"caf\xe9"))
+    assert probe_media(film) == MediaInfo(32, 48, pytest.approx(0.5, abs=2e-3))
+
+
+def test_codecs_without_a_decoder(tmp_path):
+    film = write_film(tmp_path / "film.mp4", grey_frames(12))
+    film.write_bytes(film.read_bytes().replace(b"avc1", b"zzzz"))
+    for use in (lambda: probe_media(film), lambda: read_media(film, 4, 32, 48, 24)):
+        with pytest.raises(MediaError, match="no decoder for the film's codec"):
+            use()
+
+
+def test_pictures_that_pillow_has_other_errors_for(tmp_path, monkeypatch):
+    """NotImplementedError for a kind of pixels, struct.error for half a header, one for the limit."""
+    image = Image.fromarray(quarters())
+    image.save(tmp_path / "odd.dds")
+    content = bytearray((tmp_path / "odd.dds").read_bytes())
+    content[80] = 128
+    (tmp_path / "odd.dds").write_bytes(content)
+    with pytest.raises(MediaError, match="damaged or truncated picture"):
+        probe_media(tmp_path / "odd.dds")
+    image.save(tmp_path / "film.gif", save_all=True, append_images=[image.rotate(180)])
+    content = (tmp_path / "film.gif").read_bytes()
+    # Where the position of a frame ends and its size would come.
+    with pytest.raises(MediaError, match="damaged or truncated picture"):
+        probe_media(content[: content.index(b"!\xf9\x04") + 8 + 5])
+    image.save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.raises(MediaError, match="picture too large"):
+        probe_media(tmp_path / "large.png")
+
+
 def test_a_long_report_names_the_first_and_counts_the_rest():
     report = MediaReport("table.csv")
     for index in range(25):

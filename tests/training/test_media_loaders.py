@@ -201,9 +201,14 @@ def test_a_stream_goes_on_where_it_was(shards, num_workers):
     other.load_state_dict(loader.state_dict())
     assert take(other, 4) == expected[14:]
     with pytest.raises(ValueError, match="saved with seed 1, now it is 2"):
-        stream_loader(shards, seed=2).load_state_dict(loader.state_dict())
+        stream_loader(shards, num_workers, seed=2).load_state_dict(loader.state_dict())
+    # Another number of workers shares the shards out in another way.
+    with pytest.raises(ValueError, match=f"saved with num_workers {num_workers}, now it is 1"):
+        stream_loader(shards, 1, seed=1).load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match="saved with num_replicas 1, now it is 2"):
+        stream_loader(shards, num_workers, seed=1, num_replicas=2).load_state_dict(loader.state_dict())
     with pytest.raises(ValueError, match="saved with batch_size 2, now it is 3"):
-        stream_loader(shards, batch_size=3, seed=1).load_state_dict(loader.state_dict())
+        stream_loader(shards, num_workers, batch_size=3, seed=1).load_state_dict(loader.state_dict())
 
 
 def test_a_stream_without_a_batch_ends_in_an_error(shards):
