@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..sounds import SAMPLING_RATE
 
-SAMPLING_RATE = 48000
-"""Samples a second of the sounds judged."""
 
 MIN_SAMPLES = 4800
 """Samples of the shortest sound judged."""
