@@ -7,7 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
 
+from diffusers import attention_backend  # noqa: E402
+
 from tests.tiny import tiny_pipeline  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def default_attention_backend():
+    """`set_attention_backend` of one model changes the default of the process; no test leaves that to the next."""
+    with attention_backend("native"):
+        yield
 
 
 @pytest.fixture
