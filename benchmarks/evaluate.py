@@ -13,14 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from diffusers_moviegen import MovieGenPipeline, bundled_checkpoint
 from diffusers_moviegen.toybox.captions import core_caption
 from diffusers_moviegen.toybox.judges import compare, see
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from diffusers_moviegen.toybox.vocabulary import MOTIONS
-from diffusers_moviegen.training import save_sample_sheet
+from diffusers_moviegen.training import run_script, save_sample_sheet
 
 
 @dataclass
@@ -143,4 +142,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    run_script(main, Arguments)

@@ -1,108 +1,170 @@
-"""Trains the temporal autoencoder on Toybox, the paper's way: an image autoencoder first, then inflated, then clips.
+"""Trains the temporal autoencoder (Movie Gen, section 3.1.1): an image autoencoder inflated, then clips and pictures.
 
-    accelerate launch training_examples/train_tae.py --stage image --output_dir runs/tae_image
-    accelerate launch training_examples/train_tae.py --stage video --image_autoencoder runs/tae_image/vae \\
+    accelerate launch training_examples/train_tae.py --config training_examples/configs/tae_256px.yaml \\
+        --image_autoencoder black-forest-labs/FLUX.1-schnell/vae --data clips --validation_data held_out_clips \\
         --output_dir runs/tae
-    accelerate launch training_examples/train_tae.py --stage decoder --autoencoder runs/tae/vae \\
-        --output_dir runs/tae_decoder
 
-The last one is optional: it sharpens the decoder without moving the latents.
+With `--stage image` it trains an image autoencoder to inflate, with `--stage decoder` it goes on with the decoder
+alone, which sharpens pictures without moving the latents. `--toybox` draws the data instead of reading `--data`.
 """
 
+import itertools
 import json
+import math
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from diffusers.utils import logging
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from diffusers_moviegen import AutoencoderKLMovieGen
-from diffusers_moviegen.toybox.judges.sight import MAX_COLOUR_DISTANCE
-from diffusers_moviegen.toybox.scenes import (
-    Scenes,
-    draw_scenes,
-    draw_two_object_scenes,
-    render,
-    sample_tuple_pairs,
-    sample_tuples,
-)
-from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, core_tuples, is_held_out
+from diffusers_moviegen.toybox.pixels import draw_pixels
 from diffusers_moviegen.training import (
+    BucketLoader,
+    Buckets,
+    BucketSampler,
+    LearnedPerceptualLoss,
+    MediaDataset,
+    MediaError,
+    MediaStream,
+    PatchDiscriminator3D,
+    RunState,
+    ShardedEMA,
+    StopSignal,
+    StreamLoader,
+    TrainingStopped,
+    adaptive_weight,
+    build_model_card,
     check_model_folder,
     check_positive,
+    check_tracker,
+    discriminator_loss,
+    exchange,
     kl_divergence,
     multiscale_gradient_loss,
     outlier_penalty,
+    prepare_hub_repository,
+    push_folder_to_hub,
     restore_checkpoint,
+    run_script,
     save_checkpoint,
     save_sample_sheet,
+    start_trackers,
+    step_generator,
 )
+
+
+logger = logging.get_logger(__name__)
+
+
+# What the random numbers of a step are for, see `step_generator`.
+PIXELS, POSTERIOR, STATISTICS, VALIDATION = range(4)
 
 
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "folder of the run; the trained model is written to its vae/"})
     stage: str = field(
-        default="image",
-        metadata={"help": "decoder goes on with the encoder frozen", "choices": ["image", "video", "decoder"]},
+        default="video",
+        metadata={
+            "help": "image trains an AutoencoderKL, decoder goes on with the encoder frozen",
+            "choices": ["image", "video", "decoder"],
+        },
     )
-    image_autoencoder: str | None = field(default=None, metadata={"help": "AutoencoderKL folder to inflate (video)"})
-    autoencoder: str | None = field(default=None, metadata={"help": "folder of a model of this stage to start from"})
-    block_out_channels: list[int] = field(default_factory=lambda: [32, 48, 64, 64])
-    layers_per_block: int = 1
-    norm_num_groups: int = 8
-    vary_scenes: bool = field(default=True, metadata={"help": "train on several objects in any colours too"})
-    height: int = 64
-    width: int = 64
-    num_frames: int = 16
-    frame_rate: float = 8
-    image_batch_size: int = 32
-    video_batch_size: int = 4
-    videos_per_image_batch: int = field(default=3, metadata={"help": "video batches after every image batch (video)"})
-    max_train_steps: int = 1500
-    learning_rate: float = 1e-3
-    lr_warmup_steps: int = 50
+    data: str | None = field(
+        default=None, metadata={"help": "table of media, its folder or Hub id, or a pattern of .tar shards"}
+    )
+    toybox: bool = field(default=False, metadata={"help": "draw the data instead of reading --data"})
+    validation_data: str | None = field(default=None, metadata={"help": "table of media to measure PSNR and SSIM on"})
+    exclude: list[str] = field(default_factory=list, metadata={"help": "patterns of names to leave out of --data"})
+    file_column: str = "file_name"
+    caption_column: str = "caption"
+    resolution: int = field(default=256, metadata={"help": "pictures have about resolution * resolution pixels"})
+    aspect_ratios: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "width over height"})
+    lengths: list[int] = field(default_factory=lambda: [32], metadata={"help": "frames of the clips"})
+    frame_rate: float = 16
+    vary_scenes: bool = field(default=True, metadata={"help": "Toybox with several objects in any colours too"})
+    images_to_videos: list[int] = field(
+        default_factory=lambda: [1, 3], metadata={"help": "steps of pictures to steps of clips"}
+    )
+    image_autoencoder: str | None = field(
+        default=None, metadata={"help": "AutoencoderKL to inflate: folder, or Hub id with its subfolder behind it"}
+    )
+    autoencoder: str | None = field(
+        default=None, metadata={"help": "model of this stage to start from: folder, or Hub id with its subfolder"}
+    )
+    block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    image_batch_size: int = 8
+    video_batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    max_train_steps: int = 100_000
+    learning_rate: float = 1e-4
+    lr_scheduler: str = field(default="cosine", metadata={"choices": ["cosine", "linear", "constant_with_warmup"]})
+    lr_warmup_steps: int = 1000
+    weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     l1_weight: float = 1.0
-    mse_weight: float = 4.0
-    chroma_weight: float = field(default=8.0, metadata={"help": "of the squared error of what is not luminance"})
-    gradient_loss_weight: float = 1.0
-    colour_weight: float = field(default=1.0, metadata={"help": "of the first three latent channels being the colour"})
-    kl_weight: float = 1e-4
+    perceptual_weight: float = 1.0
+    perceptual_features: str | None = field(
+        default=None, metadata={"help": "safetensors file of VGG16 and LPIPS; without it gradients at three scales"}
+    )
+    adversarial_weight: float = field(default=0.0, metadata={"help": "0 trains without an adversary"})
+    adaptive_adversarial_weight: bool = field(
+        default=True, metadata={"help": "scale it so that the adversary pulls as hard as the reconstruction"}
+    )
+    adversarial_start: int = field(default=20_000, metadata={"help": "step from which the adversary takes part"})
+    discriminator_channels: int = 64
+    discriminator_learning_rate: float = 1e-4
+    kl_weight: float = 1e-6
     outlier_weight: float = 0.0
-    ema_decay: float = 0.995
-    mixed_precision: str = "no"
+    mse_weight: float = 0.0
+    chroma_weight: float = field(default=0.0, metadata={"help": "of the squared error of what is not luminance"})
+    colour_weight: float = field(default=0.0, metadata={"help": "of the first three latent channels being the colour"})
+    ema_decay: float = 0.999
+    statistics_batches: int = field(default=256, metadata={"help": "batches to measure the latents of, each process"})
+    mixed_precision: str = field(default="no", metadata={"choices": ["no", "fp16", "bf16"]})
     seed: int = 0
-    validation_steps: int = 250
-    checkpointing_steps: int = 500
+    num_workers: int = field(default=2, metadata={"help": "processes that decode --data, on each rank"})
+    validation_steps: int = 1000
+    checkpointing_steps: int = 1000
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
+    report_to: str = field(default="none", metadata={"help": "tracker such as tensorboard or wandb"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the result to the Hub, with a model card"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "repository to push to, user/name"})
+    hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
 
     def __post_init__(self):
-        check_positive(
-            self,
-            (
-                "num_frames",
-                "image_batch_size",
-                "video_batch_size",
-                "videos_per_image_batch",
-                "max_train_steps",
-                "validation_steps",
-                "checkpointing_steps",
-                "checkpoints_total_limit",
-            ),
-        )
-        if self.image_batch_size % 2:
+        positive = "image_batch_size video_batch_size gradient_accumulation_steps max_train_steps validation_steps"
+        check_positive(self, tuple(positive.split()))
+        check_positive(self, ("statistics_batches", "checkpointing_steps", "checkpoints_total_limit"))
+        if (self.data is None) != self.toybox:
+            raise ValueError("pass either --data, what to train on, or --toybox.")
+        if self.toybox and (self.validation_data is not None or self.exclude):
+            raise ValueError(
+                "--validation_data and --exclude are for --data; --toybox has held-out scenes of its own."
+            )
+        if self.toybox and len(self.aspect_ratios) * len(self.lengths) != 1:
+            raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
+        if self.toybox and self.image_batch_size % 2:
             raise ValueError(
                 f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
             )
@@ -112,6 +174,37 @@ class Arguments:
             raise ValueError("--image_autoencoder is for --stage video; go on with --autoencoder.")
         if self.image_autoencoder is not None and self.autoencoder is not None:
             raise ValueError("--image_autoencoder and --autoencoder are both given; start from one of them.")
+        if self.stage != "image" and min(self.lengths, default=0) < 2:
+            raise ValueError(f"--lengths {self.lengths}: a clip has 2 frames or more; pictures come by themselves.")
+        if len(self.images_to_videos) != 2 or min(self.images_to_videos) < 0 or max(self.images_to_videos) == 0:
+            raise ValueError(f"--images_to_videos {self.images_to_videos}: pass two numbers of steps such as 1 3.")
+        if self.stage != "image" and self.images_to_videos[1] == 0:
+            raise ValueError(f"--images_to_videos {self.images_to_videos}: --stage {self.stage} needs steps of clips.")
+        for name in [name for name in vars(self) if name.endswith("_weight")]:
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be 0 or more.")
+        if self.perceptual_features is not None and self.perceptual_weight == 0:
+            raise ValueError("--perceptual_features does nothing with --perceptual_weight 0.")
+        if self.adversarial_weight and self.adversarial_start >= self.max_train_steps:
+            raise ValueError(
+                f"--adversarial_start {self.adversarial_start} is after the last step: lower it, or pass "
+                "--adversarial_weight 0."
+            )
+        if self.adversarial_weight and self.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision fp16 has one loss scale, too few for an adversary: use bf16 or no.")
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
+            raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
+        check_tracker(self.report_to)
+
+    def takes_images(self, step: int) -> bool:
+        """Whether `step` is one of pictures."""
+        images, videos = self.images_to_videos
+        return self.stage == "image" or step % (images + videos) < images
+
+
+# --- Model ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -135,6 +228,53 @@ def initialize_near_linear(model: AutoencoderKL) -> None:
     model.quant_conv.bias[latent_channels:] = -4
 
 
+def load_autoencoder(option: str, name: str, model_class: type) -> AutoencoderKL | AutoencoderKLMovieGen:
+    """The model in the folder `name`, or on the Hub, where `name` is user/name or user/name/subfolder."""
+    if Path(name).exists() or "/" not in name:
+        check_model_folder(option, name, model_class)
+        return model_class.from_pretrained(name, torch_dtype=torch.float32)
+    user, repository, *subfolder = name.split("/", 2)
+    place = {"pretrained_model_name_or_path": f"{user}/{repository}", "subfolder": (subfolder or [None])[0]}
+    try:
+        found = model_class.load_config(**place).get("_class_name")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"--{option}: '{name}' is no folder here, and no model of the Hub could be loaded by this name: {reason}"
+        ) from error
+    if found != model_class.__name__:
+        raise OSError(f"--{option}: '{name}' holds a {found}; pass a {model_class.__name__}.")
+    return model_class.from_pretrained(**place, torch_dtype=torch.float32)
+
+
+def make_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderKLMovieGen:
+    model_class = AutoencoderKL if args.stage == "image" else AutoencoderKLMovieGen
+    if args.autoencoder is not None:
+        return load_autoencoder("autoencoder", args.autoencoder, model_class)
+    if args.image_autoencoder is not None:
+        image_model = load_autoencoder("image_autoencoder", args.image_autoencoder, AutoencoderKL)
+        try:
+            return AutoencoderKLMovieGen.from_autoencoder_kl(image_model)
+        except ValueError as error:
+            raise ValueError(f"--image_autoencoder: {error}") from error
+    config = {
+        "block_out_channels": tuple(args.block_out_channels),
+        "layers_per_block": args.layers_per_block,
+        "norm_num_groups": args.norm_num_groups,
+        "latent_channels": 16,
+    }
+    if args.stage != "image":
+        return AutoencoderKLMovieGen(**config)
+    levels = len(args.block_out_channels)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    model = AutoencoderKL(**config, **blocks)
+    initialize_near_linear(model)
+    return model
+
+
 class Reconstruction(torch.nn.Module):
     """Encoding and decoding as one forward pass, so that the training engine's hooks see it."""
 
@@ -142,261 +282,498 @@ class Reconstruction(torch.nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, video: torch.Tensor, sample_posterior: bool = True):
-        if isinstance(self.autoencoder, AutoencoderKL):
-            posterior = self.autoencoder.encode(video[:, :, 0]).latent_dist
-            latents = posterior.sample() if sample_posterior else posterior.mode()
+    def forward(self, video: torch.Tensor, generator: torch.Generator | None = None):
+        """Reconstruction, posterior and latents: a draw of the posterior with a `generator`, else its mean."""
+        images = isinstance(self.autoencoder, AutoencoderKL)
+        posterior = self.autoencoder.encode(video[:, :, 0] if images else video).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        if images:
             return self.autoencoder.decode(latents).sample[:, :, None], posterior, latents[:, :, None]
-        posterior = self.autoencoder.encode(video).latent_dist
-        latents = posterior.sample() if sample_posterior else posterior.mode()
         return self.autoencoder.decode(latents, num_frames=video.shape[2]).sample, posterior, latents
 
+    @property
+    def last_layer(self) -> torch.nn.Parameter:
+        """What the pull of two losses is compared at."""
+        conv_out = self.autoencoder.decoder.conv_out
+        return conv_out.weight if isinstance(self.autoencoder, AutoencoderKL) else conv_out.spatial.weight
 
-def draw_crowd(count: int, generator: torch.Generator, num_objects: int = 4) -> Scenes:
-    """Training scenes of several objects anywhere, overlapping too, so that most of the picture has to be coded."""
-    by_background = {
-        name: [words for words in core_tuples(held_out=False) if words[3] == name] for name in BACKGROUNDS
-    }
-    backgrounds = [words[3] for words in sample_tuples(count, generator)]
-    layers = []
-    for _ in range(num_objects):
-        choices = [by_background[name] for name in backgrounds]
-        picks = torch.rand(count, generator=generator).tolist()
-        layers.append(
-            draw_scenes([words[int(pick * len(words))] for words, pick in zip(choices, picks, strict=True)], generator)
+
+def pixels(video: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 as values in [-1, 1]."""
+    return video.to(device).float() / 127.5 - 1
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def toybox_batches(
+    args: Arguments, buckets: Buckets, accelerator: Accelerator, stream: int, start: int = 0
+) -> Iterator[dict]:
+    """Batches of drawn scenes, without end; their number alone decides what they show."""
+    ((height, width),), (length,) = buckets.sizes, buckets.lengths
+    for number in itertools.count(start):
+        generator = step_generator(args.seed, number, accelerator.process_index, stream)
+        images = args.takes_images(number // args.gradient_accumulation_steps)
+        count, num_frames = (args.image_batch_size, 1) if images else (args.video_batch_size, length)
+        varied = args.vary_scenes and stream == PIXELS
+        video = draw_pixels(
+            count, num_frames, height, width, args.frame_rate, generator, accelerator.device, varied=varied
         )
-    crowd = {
-        part.name: torch.cat([getattr(layer, part.name) for layer in layers], dim=1)
-        for part in fields(Scenes)
-        if part.name not in ("background", "camera", "checkered", "letters")
-    }
-    crowd["x"], crowd["y"] = (torch.rand(count, num_objects, generator=generator) for _ in range(2))
-    return Scenes(**crowd, background=layers[0].background)
+        yield {"video": video, "name": [f"Toybox batch {number}"]}
 
 
-def draw_varied_scenes(args: Arguments, count: int, generator: torch.Generator) -> Scenes:
-    """Training scenes: core ones, two objects or crowds."""
-    kind = torch.rand((), generator=generator)
-    if kind < 0.4:
-        return draw_scenes(sample_tuples(count, generator), generator)
-    if kind < 0.6:
-        return draw_two_object_scenes(sample_tuple_pairs(count, generator), generator, args.height, args.width)
-    return draw_crowd(count, generator)
+def is_shards(source: str) -> bool:
+    return source.endswith(".tar") or any(Path(source).glob("*.tar"))
 
 
-def looks_held_out(words: tuple[str, str, str, str], recolour: Callable[[torch.Tensor], torch.Tensor]) -> bool:
-    """Whether an object on its ground would be judged, once recoloured, to be one of a held-out tuple."""
-    colour, shape, motion, background = words
-    seen = []
-    for name, palette in ((colour, COLOURS), (background, BACKGROUNDS)):
-        distances = torch.tensor(list(palette.values())) - recolour(torch.tensor(palette[name]))
-        distances = distances.float().norm(dim=1)
-        seen.append(list(palette)[distances.argmin()] if distances.min() <= MAX_COLOUR_DISTANCE else None)
-    return None not in seen and is_held_out(seen[0], shape, motion, seen[1])
+def make_loaders(
+    args: Arguments, buckets: Buckets, accelerator: Accelerator, dataset: MediaDataset | None, seed: int
+) -> dict[str, BucketLoader | StreamLoader]:
+    """Loaders of pictures and of clips, or one of shards, which come as they are mixed."""
+    ranks = {"rank": accelerator.process_index, "num_replicas": accelerator.num_processes}
+    if dataset is None:
+        shards = args.data if args.data.endswith(".tar") else str(Path(args.data) / "*.tar")
+        columns = {"caption_column": args.caption_column, "exclude": args.exclude}
+        stream = MediaStream(shards, args.frame_rate, buckets, seed=seed, **columns, **ranks)
+        batch_size = args.image_batch_size if args.stage == "image" else args.video_batch_size
+        return {"shards": StreamLoader(stream, batch_size, args.num_workers, accelerator.device)}
+    loaders = {}
+    for kind, batch_size in (("images", args.image_batch_size), ("clips", args.video_batch_size)):
+        part = copy(dataset)
+        part.samples = [sample for sample in dataset.samples if (sample.bucket.num_frames == 1) == (kind == "images")]
+        unwanted = args.stage != "image" and args.images_to_videos[kind == "clips"] == 0
+        if unwanted or not part.samples:
+            continue
+        try:
+            sampler = BucketSampler(
+                [sample.bucket for sample in part.samples], batch_size, seed=seed, images_to_videos=None, **ranks
+            )
+        except ValueError as error:
+            option = "--image_batch_size" if kind == "images" else "--video_batch_size"
+            raise ValueError(f"{option} and --data: {error}") from error
+        loaders[kind] = BucketLoader(part, sampler, args.num_workers)
+    if args.stage != "image" and "clips" not in loaders:
+        raise ValueError(f"--data: '{args.data}' has no videos to train --stage {args.stage} on.")
+    return loaders
 
 
-def vary_colours(video: torch.Tensor, tuples: list[list], generator: torch.Generator) -> torch.Tensor:
-    """Half of the clips with their colour channels swapped, a quarter inverted: no hue of the world is favoured.
+def media_batches(args: Arguments, loaders: dict[str, BucketLoader | StreamLoader], start: int = 0) -> Iterator[dict]:
+    """Batches of files, without end, from the position of the loaders on."""
+    iterators = {kind: iter(loader) for kind, loader in loaders.items()}
+    for number in itertools.count(start):
+        kind = "images" if args.takes_images(number // args.gradient_accumulation_steps) else "clips"
+        yield next(iterators[kind if kind in iterators else next(iter(iterators))])
 
-    A clip in which an object would come to look like one of a held-out tuple stays as it is.
+
+def validation_batches(
+    args: Arguments, buckets: Buckets, dataset: MediaDataset | None, accelerator: Accelerator
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The share of this process of the fixed batches to measure on, each with its kind, images or clips.
+
+    Of a film the window in its middle; of Toybox eight batches of held-out scenes of each kind.
     """
-    clips = []
-    for clip, objects in zip(video, tuples, strict=True):
-        swap = torch.rand((), generator=generator) < 0.5
-        order = torch.randperm(3, generator=generator) if swap else torch.arange(3)
-        invert = torch.rand((), generator=generator) < 0.25
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    if dataset is not None:
+        for index in range(rank, len(dataset.samples), processes):
+            try:
+                video = dataset.read(index, position=0.5)["video"][None]
+            except MediaError as error:
+                # Damage that was not seen at the start; the other samples still tell how the run is doing.
+                logger.warning(f"--validation_data: '{dataset.samples[index].name}' is left out: {error}")
+                continue
+            yield "images" if video.shape[2] == 1 else "clips", video
+        return
+    height, width = buckets.sizes[0]
+    kinds = [("images", args.image_batch_size, 1)]
+    if args.stage != "image":
+        kinds.append(("clips", args.video_batch_size, buckets.lengths[0]))
+    for kind, count, num_frames in kinds:
+        for number in range(rank, 8, processes):
+            generator = step_generator(0, number, stream=VALIDATION)
+            yield (
+                kind,
+                draw_pixels(
+                    count, num_frames, height, width, args.frame_rate, generator, accelerator.device, held_out=True
+                ),
+            )
 
-        def recolour(colours: torch.Tensor, order=order, invert=invert) -> torch.Tensor:
-            colours = colours[order.to(colours.device)]
-            return 255 - colours if invert else colours
 
-        clips.append(clip if any(looks_held_out(words, recolour) for words in objects) else recolour(clip))
-    return torch.stack(clips)
+# --- Losses -----------------------------------------------------------------------------------------------------
 
 
-def draw_pixels(
-    args: Arguments, images: bool, seed: int, device: torch.device, vary: bool = False, held_out: bool = False
-) -> torch.Tensor:
-    """A batch of pictures `(batch, 3, 1, height, width)` or clips `(batch, 3, frames, height, width)` in [-1, 1].
+def reconstruction_terms(
+    args: Arguments, reconstruction: torch.Tensor, video: torch.Tensor, perceptual_loss: Callable
+) -> dict[str, torch.Tensor]:
+    """The weighted losses between pixels."""
+    terms = {"l1": args.l1_weight * F.l1_loss(reconstruction, video)}
+    if args.perceptual_weight:
+        terms["perceptual"] = args.perceptual_weight * perceptual_loss(reconstruction, video)
+    if args.mse_weight:
+        terms["mse"] = args.mse_weight * F.mse_loss(reconstruction, video)
+    if args.chroma_weight:
+        chroma = [value - value.mean(dim=1, keepdim=True) for value in (reconstruction, video)]
+        terms["chroma"] = args.chroma_weight * F.mse_loss(*chroma)
+    return terms
 
-    With `vary` there are several objects in any colours, else the core scenes of one split.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    # A picture batch is two frames of half as many scenes, the second anywhere in the motion.
-    count = args.image_batch_size // 2 if images else args.video_batch_size
-    if vary:
-        scenes = draw_varied_scenes(args, count, generator)
-    else:
-        scenes = draw_scenes(sample_tuples(count, generator, held_out=held_out), generator)
-    if images:
-        moment = 2 * torch.rand((), generator=generator).item() + 1e-3
-        video = render(scenes, 2, 1 / moment, args.height, args.width, device)
-        video = video.transpose(1, 2).flatten(0, 1)[:, :, None]
-    else:
-        video = render(scenes, args.num_frames, args.frame_rate, args.height, args.width, device)
-    if vary:
-        frames_a_scene = len(video) // count
-        tuples = [scenes.tuples(i) for i in range(count) for _ in range(frames_a_scene)]
-        video = vary_colours(video, tuples, generator)
-    return video.float() / 127.5 - 1
+
+def latent_terms(
+    args: Arguments, posterior: DiagonalGaussianDistribution, latents: torch.Tensor, video: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The weighted losses of the latents."""
+    terms = {"kl": args.kl_weight * kl_divergence(posterior)}
+    if args.outlier_weight:
+        terms["outlier"] = args.outlier_weight * outlier_penalty(latents.float())
+    if args.colour_weight:
+        # Without an anchor the least varied of the three colour axes is found thousands of steps after the others.
+        colour = 3 * F.adaptive_avg_pool3d(video, latents.shape[2:])
+        terms["colour"] = args.colour_weight * F.mse_loss(latents[:, :3].float(), colour)
+    return terms
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def validate(args: Arguments, model: Reconstruction, accelerator: Accelerator, sheet: Path) -> dict[str, float]:
-    """PSNR in dB on held-out scenes, posterior means decoded; writes a sheet of originals above reconstructions."""
+def validate(
+    model: Reconstruction, batches: Iterator[tuple[str, torch.Tensor]], accelerator: Accelerator, sheet: Path
+) -> dict[str, float]:
+    """PSNR in dB and SSIM of fixed clips and pictures, means of the posteriors decoded. To be called by all processes.
+
+    The first process writes sheets of its first eight batches, originals above reconstructions.
+    """
+    totals = {kind: torch.zeros(3, device=accelerator.device) for kind in ("images", "clips")}
+    rows = {"images": [], "clips": []}
+    model.eval()
+    for kind, video in batches:
+        video = pixels(video, accelerator.device)
+        with accelerator.autocast():
+            reconstruction = model(video)[0]
+        levels = [value.float().clamp(-1, 1).add(1).mul(127.5).round() for value in (reconstruction, video)]
+        for found, expected in zip(*levels, strict=True):
+            psnr = peak_signal_noise_ratio(found, expected, data_range=255.0)
+            frames = [value.transpose(0, 1) for value in (found, expected)]
+            ssim = structural_similarity_index_measure(*frames, data_range=255.0)
+            totals[kind] += torch.stack([psnr, ssim, torch.ones_like(psnr)])
+        shown = [value.float() / 127.5 - 1 for value in reversed(levels)]
+        if kind == "images":
+            shown = [value[:8].permute(2, 1, 0, 3, 4) for value in shown]
+        # At most sixteen frames of a clip, which is as much as a picture viewer shows side by side.
+        shown = [value[0][:, :: math.ceil(value.shape[2] / 16)] for value in shown]
+        if len(rows[kind]) < 16 and (not rows[kind] or shown[0].shape == rows[kind][0].shape):
+            rows[kind] += shown
+    model.train()
     figures = {}
-    for kind, images in {"images": True, "clips": False}.items():
-        if not images and args.stage == "image":
-            continue
-        ratios, rows = [], []
-        for batch in range(8):
-            video = draw_pixels(args, images, 1_000_000_000 + batch, accelerator.device, held_out=True)
-            with accelerator.autocast():
-                reconstruction = model(video, sample_posterior=False)[0]
-            levels, expected = (
-                (value.float().clamp(-1, 1).add(1).mul(127.5).round()) for value in (reconstruction, video)
-            )
-            ratios += [
-                peak_signal_noise_ratio(a, b, data_range=255.0).item() for a, b in zip(levels, expected, strict=True)
-            ]
-            if images:
-                video, reconstruction = (value[:8].permute(2, 1, 0, 3, 4) for value in (video, reconstruction))
-            rows += [video[0], reconstruction[0].float()]
-        figures[f"psnr_{kind}"] = sum(ratios) / len(ratios)
-        save_sample_sheet(torch.stack(rows), sheet.with_name(f"{sheet.name}_{kind}.png"))
+    for kind, total in totals.items():
+        psnr, ssim, count = accelerator.reduce(total, "sum").tolist()
+        if count:
+            figures |= {f"psnr_{kind}": psnr / count, f"ssim_{kind}": ssim / count}
+        if rows[kind] and accelerator.is_main_process:
+            save_sample_sheet(torch.stack(rows[kind]), sheet.with_name(f"{sheet.name}_{kind}.png"))
     return figures
 
 
 @torch.no_grad()
-def measure_latents(args: Arguments, model: AutoencoderKLMovieGen, accelerator: Accelerator) -> None:
-    """Writes mean and standard deviation of each latent channel, over clips and pictures alike, to the config."""
-    latents = []
-    for batch in range(48):
-        video = draw_pixels(args, batch % 3 == 0, 2_000_000_000 + batch, accelerator.device)
-        sample = model.encode(video).latent_dist.sample(torch.Generator(accelerator.device).manual_seed(batch))
-        latents.append(sample.transpose(0, 1).flatten(1))
-    std, mean = torch.std_mean(torch.cat(latents, dim=1).float(), dim=1)
-    model.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+def measure_latents(
+    model: AutoencoderKLMovieGen, batches: Iterator[dict], count: int, accelerator: Accelerator
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the posteriors' draws over `count` batches of each process."""
+    rows = []
+    for batch in itertools.islice(batches, count):
+        with accelerator.autocast():
+            posterior = model.encode(pixels(batch["video"], accelerator.device)).latent_dist
+        mean, var = (value.float().transpose(0, 1).flatten(1) for value in (posterior.mean, posterior.var))
+        centre = mean.mean(dim=1)
+        spread = ((mean - centre[:, None]).square() + var).mean(dim=1)
+        rows.append(torch.cat([centre, spread, centre.new_tensor([mean.shape[1]])]))
+    # Draws vary with their means and around them; so do the batches.
+    rows = accelerator.gather(torch.stack(rows)).cpu().double()
+    weights = rows[:, -1:] / rows[:, -1].sum()
+    centres, spreads = rows[:, :-1].chunk(2, dim=1)
+    mean = (weights * centres).sum(dim=0)
+    std = (weights * (spreads + (centres - mean).square())).sum(dim=0).sqrt()
+    return mean.tolist(), std.tolist()
+
+
+def save_result(model: AutoencoderKL | AutoencoderKLMovieGen, folder: Path) -> None:
+    """Writes the model beside `folder` and renames it, so that a folder of this name is always a whole one."""
+    # diffusers would write down the folder that the weights came from.
+    model.register_to_config(_name_or_path="")
+    partial = folder.with_name(f"partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise TrainingStopped(
+            f"the result cannot be written to '{folder}': {error}. Make room and pass --resume_from_checkpoint latest."
+        ) from error
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def model_card(
+    args: Arguments, repo_id: str, figures: dict[str, float], dataset: MediaDataset | None, num_processes: int
+) -> ModelCard:
+    """What the run was, said where its result is pushed to."""
+    if args.toybox:
+        data = "Toybox, a procedural world of coloured shapes, drawn by the program itself."
+    elif dataset is None:
+        data = f"The shards `{Path(args.data).name}`."
+    else:
+        report = dataset.report
+        data = f"`{Path(args.data).name}`: {report.num_images} images and {report.num_videos} videos."
+    images = args.stage == "image"
+    module, class_name = ("diffusers", "AutoencoderKL") if images else ("diffusers_moviegen", "AutoencoderKLMovieGen")
+    shape = "1, 3, 64, 64" if images else "1, 3, 16, 64, 64"
+    snippet = [
+        "import torch",
+        f"from {module} import {class_name}",
+        "",
+        f'vae = {class_name}.from_pretrained("{repo_id}")',
+        f"pixels = 2 * torch.rand({shape}) - 1",
+        "with torch.no_grad():",
+        "    latents = vae.encode(pixels).latent_dist.mode()",
+        "    print(latents.shape, vae.decode(latents).sample.shape)",
+    ]
+    base_model = args.autoencoder or args.image_autoencoder
+    if base_model is not None and not Path(base_model).exists():
+        base_model = "/".join(base_model.split("/")[:2])
+    seen = "held-out Toybox scenes" if args.toybox else f"the data set `{Path(str(args.validation_data)).name}`"
+    return build_model_card(
+        repo_id,
+        summary="An image autoencoder for diffusers, made to be inflated to Movie Gen's temporal autoencoder."
+        if images
+        else "A temporal autoencoder of Movie Gen for diffusers: it compresses clips and pictures in time, height and"
+        " width.",
+        snippet="\n".join(snippet),
+        data=data,
+        recipe={**asdict(args), "processes": num_processes},
+        figures=figures,
+        figures_note="Measured by the run itself after its last step. `loss` is that of the last steps on the training"
+        " data."
+        + (
+            f" PSNR, in dB, and SSIM are those of the averaged weights on {seen}, decoded from the posteriors' means."
+            if len(figures) > 1
+            else ""
+        ),
+        base_model=base_model,
+        pipeline_tag="image-to-image" if images else "video-to-video",
+        tags=["autoencoder"],
+    )
+
+
+# --- The run ----------------------------------------------------------------------------------------------------
 
 
 def main(args: Arguments) -> None:
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    set_seed(args.seed, device_specific=True)
     output_dir = Path(args.output_dir)
-    if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(output_dir / "logs"),
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(
+            "every process holds the whole autoencoder: launch it with --multi_gpu instead of --use_fsdp, "
+            "--use_deepspeed or a --config_file that says so."
+        )
+    # Every process starts from the same weights.
+    set_seed(args.seed)
 
-    # 1. Model
-    config = {
-        "block_out_channels": tuple(args.block_out_channels),
-        "layers_per_block": args.layers_per_block,
-        "norm_num_groups": args.norm_num_groups,
-        "latent_channels": 16,
-    }
-    if args.stage == "image":
-        levels = len(args.block_out_channels)
-        config["down_block_types"] = ("DownEncoderBlock2D",) * levels
-        config["up_block_types"] = ("UpDecoderBlock2D",) * levels
-        model_class = AutoencoderKL
-    else:
-        model_class = AutoencoderKLMovieGen
-    if args.autoencoder is not None:
-        check_model_folder("autoencoder", args.autoencoder, model_class)
-        model = model_class.from_pretrained(args.autoencoder)
-    elif args.image_autoencoder is not None:
-        check_model_folder("image_autoencoder", args.image_autoencoder, AutoencoderKL)
-        model = AutoencoderKLMovieGen.from_autoencoder_kl(AutoencoderKL.from_pretrained(args.image_autoencoder))
-    else:
-        model = model_class(**config)
-        if args.stage == "image":
-            initialize_near_linear(model)
+    # 1. Models
+    model = make_autoencoder(args)
     multiple = 2 ** (len(model.config.block_out_channels) - 1)
-    if args.height % multiple or args.width % multiple:
-        raise ValueError(f"--height {args.height} and --width {args.width} must be multiples of {multiple}.")
+    lengths = (1,) if args.stage == "image" else tuple(args.lengths)
+    try:
+        buckets = Buckets(args.resolution, tuple(args.aspect_ratios), lengths, multiple)
+    except ValueError as error:
+        raise ValueError(f"--resolution, --aspect_ratios, --lengths: {error}") from error
     model.train()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if args.stage == "decoder":
         # The latents stay what a backbone may already be learning.
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
+    perceptual_loss = multiscale_gradient_loss
+    if args.perceptual_features is not None:
+        try:
+            perceptual_loss = LearnedPerceptualLoss(args.perceptual_features).to(accelerator.device)
+        except (OSError, ValueError) as error:
+            raise type(error)(f"--perceptual_features: {error}") from error
 
-    # 2. Optimisation
-    ema = EMAModel(model.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    # 2. Data
+    dataset, validation_dataset, loaders = None, None, {}
+    if not args.toybox:
+        columns = {"file_column": args.file_column, "caption_column": args.caption_column}
+        if not is_shards(args.data):
+            dataset = MediaDataset(args.data, args.frame_rate, buckets, exclude=args.exclude, **columns)
+        loaders = make_loaders(args, buckets, accelerator, dataset, args.seed)
+        if args.validation_data is not None:
+            validation_dataset = MediaDataset(args.validation_data, args.frame_rate, buckets, **columns)
+
+    # 3. Optimisation
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     lr_scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     reconstruct, optimizer = accelerator.prepare(Reconstruction(model), optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    first_step = restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    # Only now, because a checkpoint restores it on the CPU.
-    ema.to(accelerator.device)
+    if args.adversarial_weight:
+        adversary = PatchDiscriminator3D(model.config.out_channels, args.discriminator_channels)
+        adversary_optimizer = torch.optim.AdamW(
+            adversary.parameters(), lr=args.discriminator_learning_rate, betas=(0.5, 0.9), weight_decay=0.0
+        )
+        discriminate, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
+    ema = ShardedEMA(accelerator, reconstruct, args.ema_decay)
+    state = RunState()
+    accelerator.register_for_checkpointing(state, lr_scheduler, *loaders.values())
+    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            # A missing token or a name that is taken is better known now than after the last step.
+            repo_id = prepare_hub_repository(args.hub_model_id, type(model).__name__, args.hub_private)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
+    accelerator.wait_for_everyone()
+    start_trackers(accelerator, "train_tae", asdict(args), state.step)
 
-    # 3. Steps
+    def measure(losses: list[float]) -> dict[str, float]:
+        """The figures of a step, of the averaged weights; draws sheets, too."""
+        figures = {"loss": sum(losses) / len(losses)} if losses else {}
+        if args.toybox or validation_dataset is not None:
+            fixed = validation_batches(args, buckets, validation_dataset, accelerator)
+            sheet = output_dir / "samples" / f"step_{state.step:06d}"
+            with ema.applied():
+                figures |= validate(accelerator.unwrap_model(reconstruct), fixed, accelerator, sheet)
+        return figures
+
+    # 4. Steps
+    first_batch = state.step * args.gradient_accumulation_steps
+    if args.toybox:
+        batches = toybox_batches(args, buckets, accelerator, PIXELS, first_batch)
+    else:
+        batches = media_batches(args, loaders, first_batch)
     progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
+        initial=state.step,
         total=args.max_train_steps,
         disable=not accelerator.is_main_process,
         mininterval=10,
     )
-    start = time.perf_counter()
-    for step in progress:
-        images = args.stage == "image" or step % (1 + args.videos_per_image_batch) == 0
-        # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
-        seed = (args.seed * args.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
-        video = draw_pixels(args, images, seed, accelerator.device, vary=args.vary_scenes)
-        with accelerator.autocast():
-            reconstruction, posterior, latents = reconstruct(video)
-        reconstruction = reconstruction.float()
-        losses = {
-            "l1": args.l1_weight * F.l1_loss(reconstruction, video),
-            "mse": args.mse_weight * F.mse_loss(reconstruction, video),
-            "chroma": args.chroma_weight * F.mse_loss(*(v - v.mean(1, keepdim=True) for v in (reconstruction, video))),
-            "gradient": args.gradient_loss_weight * multiscale_gradient_loss(reconstruction, video),
-            "kl": args.kl_weight * kl_divergence(posterior),
-        }
-        if args.colour_weight:
-            # Without an anchor the least varied of the three colour axes is found thousands of steps after the others.
-            colour = 3 * F.adaptive_avg_pool3d(video, latents.shape[2:])
-            losses["colour"] = args.colour_weight * F.mse_loss(latents[:, :3].float(), colour)
-        if args.outlier_weight:
-            losses["outlier"] = args.outlier_weight * outlier_penalty(latents.float())
-        accelerator.backward(sum(losses.values()))
-        accelerator.clip_grad_norm_(reconstruct.parameters(), args.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(model.parameters())
+    losses, figures, stopping = [], None, False
+    mark = time.perf_counter()
+    with StopSignal() as stop:
+        while state.step < args.max_train_steps and not stopping:
+            adversarial = args.adversarial_weight > 0 and state.step >= args.adversarial_start
+            parts, names = {}, []
+            for micro_step in range(args.gradient_accumulation_steps):
+                number = state.step * args.gradient_accumulation_steps + micro_step
+                last = micro_step == args.gradient_accumulation_steps - 1
+                batch = next(batches)
+                names += batch["name"]
+                video = pixels(batch["video"], accelerator.device)
+                generator = step_generator(args.seed, number, accelerator.process_index, POSTERIOR)
 
-        done = step + 1
-        if done % 10 == 0:
-            values = {name: f"{value.item():.4f}" for name, value in losses.items()}
-            progress.set_postfix(values, s_step=f"{(time.perf_counter() - start) / (done - first_step):.2f}")
-        if done % args.validation_steps == 0 or done == args.max_train_steps:
+                # 4.1 The autoencoder
+                with nullcontext() if last else accelerator.no_sync(reconstruct):
+                    with accelerator.autocast():
+                        reconstruction, posterior, latents = reconstruct(video, generator)
+                        reconstruction = reconstruction.float()
+                        terms = reconstruction_terms(args, reconstruction, video, perceptual_loss)
+                    if adversarial:
+                        # Only as a judge: neither its weights nor the estimates of their norms are to move.
+                        adversary.eval().requires_grad_(False)
+                        with accelerator.autocast():
+                            verdict = -adversary(reconstruction).float().mean()
+                        adversary.train().requires_grad_(True)
+                        weight = args.adversarial_weight
+                        if args.adaptive_adversarial_weight:
+                            last_layer = accelerator.unwrap_model(reconstruct).last_layer
+                            weight = weight * adaptive_weight(sum(terms.values()), verdict, last_layer)
+                        terms["adversarial"] = weight * verdict
+                    terms |= latent_terms(args, posterior, latents, video)
+                    accelerator.backward(sum(terms.values()) / args.gradient_accumulation_steps)
+
+                # 4.2 Its adversary, which sees real and reconstructed clips in one pass
+                if adversarial:
+                    with nullcontext() if last else accelerator.no_sync(discriminate):
+                        with accelerator.autocast():
+                            scores = discriminate(torch.cat([video, reconstruction.detach()])).float()
+                        terms["discriminator"] = discriminator_loss(*scores.chunk(2))
+                        accelerator.backward(terms["discriminator"] / args.gradient_accumulation_steps)
+                for name, value in terms.items():
+                    parts[name] = parts.get(name, 0) + value.detach() / args.gradient_accumulation_steps
+
+            # 4.3 The step, unless a loss is not finite
+            grad_norm = accelerator.clip_grad_norm_(reconstruct.parameters(), args.max_grad_norm)
+            if adversarial:
+                grad_norm = grad_norm + accelerator.clip_grad_norm_(discriminate.parameters(), args.max_grad_norm)
+            loss, stopping = exchange(accelerator, sum(parts.values()), stop.requested)
+            # In float16 an infinite norm is how the scaler finds that its scale is too large.
+            scaled = accelerator.scaler is not None
+            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
+            if accepted or scaled:
+                optimizer.step()
+            if accepted:
+                ema.step()
+                losses.append(loss)
+                if adversarial:
+                    adversary_optimizer.step()
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            optimizer.zero_grad()
+            if args.adversarial_weight:
+                adversary_optimizer.zero_grad()
+            state.step += 1
+            now = time.perf_counter()
+            state.seconds, mark = state.seconds + now - mark, now
+            values = {name: value.item() for name, value in parts.items()}
+            accelerator.log({"loss": loss, **values, "learning_rate": learning_rate}, step=state.step)
+            progress.update()
+            progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
+
+            # 4.4 Figures and checkpoints
+            finished = state.step == args.max_train_steps
+            if (state.step % args.validation_steps == 0 and not stopping) or finished:
+                figures = measure(losses)
+                losses = []
+                line = {
+                    "step": state.step,
+                    **figures,
+                    "learning_rate": learning_rate,
+                    "skipped_steps": state.skipped_steps,
+                    "seconds": round(state.seconds, 1),
+                }
+                accelerator.print(json.dumps(line))
+                logged = ("step", "loss", "learning_rate")
+                accelerator.log({name: value for name, value in line.items() if name not in logged}, step=state.step)
+            if state.step % args.checkpointing_steps == 0 or finished or stopping:
+                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+    progress.close()
+
+    # 5. The averaged weights are the result
+    if state.step >= args.max_train_steps:
+        if figures is None and args.push_to_hub:
+            # A run that is resumed after its last step has the model card still to write.
+            figures = measure(losses)
+        with ema.applied():
+            model.eval()
+            if args.stage == "video":
+                if args.toybox:
+                    batches = toybox_batches(args, buckets, accelerator, STATISTICS)
+                else:
+                    batches = media_batches(args, make_loaders(args, buckets, accelerator, dataset, args.seed + 1))
+                mean, std = measure_latents(model, batches, args.statistics_batches, accelerator)
+                model.register_to_config(latents_mean=mean, latents_std=std)
             if accelerator.is_main_process:
-                ema.store(model.parameters())
-                ema.copy_to(model.parameters())
-                sheet = output_dir / "samples" / f"step_{done:06d}"
-                figures = validate(args, accelerator.unwrap_model(reconstruct), accelerator, sheet)
-                ema.restore(model.parameters())
-                accelerator.print(json.dumps({"step": done, **figures}))
-            accelerator.wait_for_everyone()
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
-            save_checkpoint(accelerator, output_dir, done, args.checkpoints_total_limit)
-
-    # 4. The averaged weights are the result
-    ema.copy_to(model.parameters())
-    model.eval()
-    if accelerator.is_main_process:
-        if args.stage == "video":
-            measure_latents(args, model, accelerator)
-        # diffusers would write down the folder that the weights came from.
-        model.register_to_config(_name_or_path="")
-        model.save_pretrained(output_dir / "vae")
+                save_result(model, output_dir / "vae")
+        if accelerator.is_main_process and args.push_to_hub:
+            card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
+            print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
+        accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    run_script(main, Arguments)

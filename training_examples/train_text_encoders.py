@@ -33,7 +33,6 @@ from transformers import (
     CLIPModel,
     CLIPTextModel,
     CLIPVisionModelWithProjection,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -50,7 +49,7 @@ from diffusers_moviegen.toybox.vocabulary import (
     TWO_OBJECT_MOTIONS,
     is_held_out,
 )
-from diffusers_moviegen.training import check_positive
+from diffusers_moviegen.training import check_positive, run_script
 
 
 # Token ids follow the order of these lists, and every checkpoint depends on them: only ever append.
@@ -667,4 +666,4 @@ def main(args: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    run_script(main, Arguments)

@@ -1,32 +1,35 @@
-"""Trains the Movie Gen backbone on Toybox: pictures first, then pictures and clips together.
+"""Trains the Movie Gen backbone on latent caches, stage by stage: pictures, then pictures and films, then larger ones.
 
-    accelerate launch training_examples/train_text_to_video.py --stage image --output_dir runs/t2i \\
-        --vae runs/tae/vae --text_encoders runs/text_encoders
-    accelerate launch training_examples/train_text_to_video.py --stage joint --output_dir runs/t2v \\
-        --vae runs/tae/vae --text_encoders runs/text_encoders --transformer runs/t2i/pipeline/transformer
+    accelerate launch training_examples/train_text_to_video.py \\
+        --config training_examples/configs/toybox_t2i.yaml --output_dir runs/t2i \\
+        --pipeline runs/frozen --data runs/cache/images --validation_data runs/cache/heldout_images
+    accelerate launch training_examples/train_text_to_video.py \\
+        --config training_examples/configs/toybox_t2iv.yaml --output_dir runs/t2v --transformer runs/t2i/pipeline \\
+        --pipeline runs/frozen --data runs/cache/images runs/cache/clips --validation_data runs/cache/heldout_clips
 
-The result is a whole pipeline folder, `pipeline/` below the output folder.
+The caches are those of precompute.py, made with the frozen models of `--pipeline`. The result is a whole pipeline
+folder, `pipeline/` below the output folder.
 """
 
 import json
-import random
+import math
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from diffusers import ModelMixin
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard
-from torch.nn.utils.rnn import pad_sequence
+from huggingface_hub import ModelCard, snapshot_download
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, CLIPTextModel, HfArgumentParser, T5EncoderModel
 
+import diffusers_moviegen
 from diffusers_moviegen import (
     AutoencoderKLMovieGen,
     FlowMatchLinearQuadraticScheduler,
@@ -34,62 +37,107 @@ from diffusers_moviegen import (
     MovieGenTransformer3DModel,
 )
 from diffusers_moviegen.pipelines.prompt_encoding import TEXT_ENCODERS
-from diffusers_moviegen.toybox.captions import core_caption, phrase
-from diffusers_moviegen.toybox.judges import compare, see
-from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
-from diffusers_moviegen.toybox.vocabulary import MOTIONS
 from diffusers_moviegen.training import (
+    BucketLoader,
+    BucketSampler,
+    HalveOnPlateau,
+    LatentCache,
+    RunState,
+    ShardedEMA,
+    StopSignal,
     build_model_card,
     check_model_folder,
     check_positive,
+    check_tracker,
+    draw_flow_batch,
+    exchange,
+    find_pipeline,
+    flow_loss,
     prepare_hub_repository,
+    prepare_sharding,
     push_folder_to_hub,
     restore_checkpoint,
-    sample_timesteps,
+    run_script,
     save_checkpoint,
     save_sample_sheet,
+    start_trackers,
+    step_generator,
+    text_inputs,
+    validation_flow_loss,
 )
 
 
-IMAGE_ENCODER = ("image_encoder", "image_processor")
-"""The vision half of the CLIP, which no pipeline here loads."""
+HUB_FILES = ["config.json", "diffusion_pytorch_model*", "model_index.json", "transformer/*"]
+"""What `--transformer` needs of a repository, which holds the backbone alone or a whole pipeline."""
 
 
 @dataclass
 class Arguments:
     output_dir: str = field(metadata={"help": "folder of the run; the result is written to its pipeline/"})
-    vae: str = field(metadata={"help": "folder of the trained AutoencoderKLMovieGen"})
-    text_encoders: str = field(metadata={"help": "folder that train_text_encoders.py wrote"})
-    stage: str = field(default="joint", metadata={"help": "image, or joint", "choices": ["image", "joint"]})
-    transformer: str | None = field(default=None, metadata={"help": "backbone folder to start from"})
-    num_layers: int = 8
-    num_attention_heads: int = 4
-    attention_head_dim: int = 64
-    ffn_dim: int = 512
-    max_grid_size: list[int] = field(default_factory=lambda: [4, 6, 6])
-    height: int = 64
-    width: int = 64
-    num_frames: int = 16
-    frame_rate: float = 8
-    num_cached_clips: int = field(default=16384, metadata={"help": "clips rendered and encoded before training"})
-    num_cached_images: int = field(default=8192, metadata={"help": "pictures rendered and encoded before training"})
-    train_batch_size: int = 64
-    videos_per_image_batch: int = field(default=5, metadata={"help": "clip batches after every picture batch (joint)"})
-    prompt_dropout: float = 0.1
-    max_train_steps: int = 3000
-    learning_rate: float = 6e-4
-    lr_warmup_steps: int = 100
+    pipeline: str = field(metadata={"help": "folder or Hub id of the frozen models, with or without a backbone"})
+    data: list[str] = field(metadata={"help": "one or more caches that precompute.py wrote"})
+    validation_data: list[str] = field(
+        default_factory=list, metadata={"help": "caches of samples that no training sees; none: no validation"}
+    )
+    transformer: str | None = field(
+        default=None, metadata={"help": "backbone to start from: folder or Hub id, of the model or of a pipeline"}
+    )
+    transformer_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "size of a fresh backbone: 1b, 5b, 30b or a config.json, whose channels and text widths give way "
+            "to those of the caches"
+        },
+    )
+    max_grid_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "positions for time, height and width: 8 frames, 16 and 16 pixels each; tables are expanded"
+        },
+    )
+    train_batch_size: int = field(default=8, metadata={"help": "samples of one pass on each process"})
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    images_to_videos: list[int] = field(
+        default_factory=lambda: [1, 10],
+        metadata={"help": "batches of images to batches of videos, where there are both"},
+    )
+    prompt_dropout: float = field(default=0.1, metadata={"help": "share of prompts replaced by the empty one"})
+    max_train_steps: int = 10000
+    learning_rate: float = 1e-4
+    lr_scheduler: str = field(
+        default="cosine", metadata={"choices": ["cosine", "constant_with_warmup", "halve_on_plateau"]}
+    )
+    lr_warmup_steps: int = 1000
+    lr_patience: int = field(
+        default=5,
+        metadata={"help": "halve_on_plateau: validations without a new lowest loss before the rate is halved"},
+    )
+    min_learning_rate: float = field(default=0.0, metadata={"help": "halve_on_plateau: the rate is not halved below"})
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    mixed_precision: str = "no"
+    ema_decay: float = field(default=0.999, metadata={"help": "ceiling of the decay of the averaged weights; 0: none"})
+    mixed_precision: str = field(default="no", metadata={"choices": ["no", "bf16", "fp16"]})
     seed: int = 0
-    guidance_scale: float = field(default=5.0, metadata={"help": "guidance of the samples and of the saved pipeline"})
-    validation_steps: int = 500
-    num_validation_prompts: int = 32
+    num_workers: int = field(default=2, metadata={"help": "processes that read batches ahead; 0: this one reads"})
+    height: int | None = field(
+        default=None,
+        metadata={
+            "help": "of the sample sheets and default of the saved pipeline; all four: the most frequent in --data"
+        },
+    )
+    width: int | None = None
+    num_frames: int | None = None
+    frame_rate: float | None = None
+    guidance_scale: float = field(default=7.5, metadata={"help": "of the sample sheets and of the saved pipeline"})
+    num_inference_steps: int = field(default=25, metadata={"help": "steps of the sample sheets"})
+    validation_steps: int = field(default=500, metadata={"help": "steps between two lines of figures"})
+    num_validation_samples: int = field(default=4, metadata={"help": "rows of the sample sheets; 0: none are drawn"})
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a checkpoint folder or 'latest'"})
+    max_shard_size: str = field(default="10GB", metadata={"help": "largest file of the result's weights"})
+    report_to: str = field(default="none", metadata={"help": "a tracker that accelerate knows, such as tensorboard"})
     push_to_hub: bool = field(default=False, metadata={"help": "push the result to the Hub, with a model card"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository to push to, user/name"})
     hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
@@ -98,366 +146,488 @@ class Arguments:
         check_positive(
             self,
             (
-                "num_frames",
-                "num_cached_clips",
-                "num_cached_images",
                 "train_batch_size",
-                "videos_per_image_batch",
+                "gradient_accumulation_steps",
                 "max_train_steps",
+                "lr_patience",
+                "num_inference_steps",
                 "validation_steps",
-                "num_validation_prompts",
                 "checkpointing_steps",
                 "checkpoints_total_limit",
             ),
         )
+        if (self.transformer is None) == (self.transformer_config is None):
+            raise ValueError(
+                "pass either --transformer, a backbone to start from, or --transformer_config, a fresh one's size."
+            )
+        if self.max_grid_size is not None and (len(self.max_grid_size) != 3 or min(self.max_grid_size) < 1):
+            raise ValueError(
+                f"--max_grid_size is {self.max_grid_size}: pass three numbers of at least 1, such as 4 6 6."
+            )
+        ratio = self.images_to_videos
+        if len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0:
+            raise ValueError(f"--images_to_videos is {ratio}: pass two numbers of batches, such as 1 10.")
+        for name in ("learning_rate", "min_learning_rate", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 0.")
+        for name in ("height", "width", "num_frames", "frame_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name} is {getattr(self, name)}: it must be above 0.")
+        trained_on = {Path(folder).resolve() for folder in self.data}
+        shared = [folder for folder in self.validation_data if Path(folder).resolve() in trained_on]
+        if shared:
+            raise ValueError(f"--validation_data: '{shared[0]}' is trained on; pass samples that are not in --data.")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"--max_grad_norm is {self.max_grad_norm}: it must be above 0.")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ValueError(f"--prompt_dropout is {self.prompt_dropout}: it must be from 0 to 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay is {self.ema_decay}: it must be at least 0 and below 1.")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("--min_learning_rate is above --learning_rate: lower it.")
+        if self.num_validation_samples < 0:
+            raise ValueError(f"--num_validation_samples is {self.num_validation_samples}: pass 0 to draw none.")
+        if self.lr_scheduler == "halve_on_plateau" and not self.validation_data:
+            raise ValueError("--lr_scheduler halve_on_plateau follows the validation loss: add --validation_data.")
+        check_tracker(self.report_to)
         if self.push_to_hub and self.hub_model_id is None:
             raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
             raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
 
 
-def load_pipeline(args: Arguments) -> MovieGenPipeline:
-    """The pipeline of frozen encoders around the backbone to train."""
-    folder = Path(args.text_encoders)
-    names = [f"{name}{suffix}" for suffix in TEXT_ENCODERS for name in ("tokenizer", "text_encoder")]
-    missing = [name for name in (*names, *IMAGE_ENCODER) if not (folder / name).is_dir()]
-    if missing:
-        raise OSError(
-            f"--text_encoders: '{folder}' lacks {', '.join(missing)}; pass the folder train_text_encoders.py wrote."
+def load_backbone(args: Arguments, cache: LatentCache) -> MovieGenTransformer3DModel:
+    """The backbone to train, in float32: the one to start from with its position tables expanded, or a fresh one."""
+    reads = {"in_channels": cache.latent_channels, "out_channels": cache.latent_channels}
+    reads |= {f"text_embed_dim{suffix}": cache.text_dims[suffix] for suffix in TEXT_ENCODERS}
+    if args.transformer is None:
+        folder = Path(diffusers_moviegen.__file__).parent / "configs" / f"transformer_{args.transformer_config}"
+        config_file = folder / "config.json" if folder.is_dir() else Path(args.transformer_config)
+        if not config_file.is_file():
+            raise OSError(f"--transformer_config: '{args.transformer_config}' is not 1b, 5b, 30b or a config.json.")
+        if args.max_grid_size is not None:
+            reads["max_grid_size"] = tuple(args.max_grid_size)
+        try:
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            # Of another class's configuration most would be ignored, and the model have the largest size.
+            if config.get("_class_name") != MovieGenTransformer3DModel.__name__:
+                raise ValueError(f"its _class_name is {config.get('_class_name')}")
+            return MovieGenTransformer3DModel.from_config(config, **reads)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"--transformer_config: '{config_file}' does not describe a {MovieGenTransformer3DModel.__name__}: "
+                f"{error}."
+            ) from error
+
+    folder = Path(args.transformer)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(args.transformer, allow_patterns=HUB_FILES))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OSError(
+                f"--transformer: '{args.transformer}' is no folder, and cannot be loaded from the Hub: {reason}"
+            ) from error
+    if (folder / "model_index.json").is_file():
+        folder = folder / "transformer"
+    check_model_folder("transformer", folder, MovieGenTransformer3DModel)
+    try:
+        transformer, info = MovieGenTransformer3DModel.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True
         )
-    components = {}
-    for suffix, encoder_class in zip(TEXT_ENCODERS, (T5EncoderModel, CLIPTextModel, T5EncoderModel), strict=True):
-        components[f"tokenizer{suffix}"] = AutoTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
-        components[f"text_encoder{suffix}"] = encoder_class.from_pretrained(folder / f"text_encoder{suffix}")
-    check_model_folder("vae", args.vae, AutoencoderKLMovieGen)
-    vae = AutoencoderKLMovieGen.from_pretrained(args.vae)
-    if vae.config.latents_mean is None or vae.config.latents_std is None:
-        raise ValueError(
-            f"--vae: the config of '{args.vae}' has no latents_mean and latents_std; pass the vae/ that train_tae.py "
-            "--stage video wrote."
-        )
-    if args.transformer is not None:
-        check_model_folder("transformer", args.transformer, MovieGenTransformer3DModel)
-        transformer = MovieGenTransformer3DModel.from_pretrained(args.transformer)
-    else:
-        transformer = MovieGenTransformer3DModel(
-            in_channels=vae.config.latent_channels,
-            out_channels=vae.config.latent_channels,
-            num_layers=args.num_layers,
-            num_attention_heads=args.num_attention_heads,
-            attention_head_dim=args.attention_head_dim,
-            ffn_dim=args.ffn_dim,
-            text_embed_dim=components["text_encoder"].config.d_model,
-            text_embed_dim_2=components["text_encoder_2"].config.hidden_size,
-            text_embed_dim_3=components["text_encoder_3"].config.d_model,
-            max_grid_size=tuple(args.max_grid_size),
-        )
+    except (OSError, ValueError) as error:
+        raise OSError(f"--transformer: '{folder}' cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise OSError(f"--transformer: the weights in '{folder}' lack '{info['missing_keys'][0]}'; save them again.")
+    for name, value in reads.items():
+        if transformer.config[name] != value:
+            raise ValueError(
+                f"--transformer: '{args.transformer}' has {name} {transformer.config[name]}, the caches need {value}; "
+                "take a backbone that was trained with the models of --pipeline."
+            )
+    if args.max_grid_size is not None:
+        have = transformer.config.max_grid_size
+        if any(new < old for new, old in zip(args.max_grid_size, have, strict=True)):
+            raise ValueError(
+                f"--max_grid_size is {args.max_grid_size}, smaller than the {list(have)} of '{args.transformer}': "
+                "position tables only grow, and smaller inputs work as they are."
+            )
+        transformer.expand_position_tables(tuple(args.max_grid_size))
+    return transformer
+
+
+def load_pipeline(args: Arguments, folder: Path, transformer: MovieGenTransformer3DModel) -> MovieGenPipeline:
+    """The pipeline around the backbone without its text encoders: what is to be encoded is in the caches."""
+    check_model_folder("pipeline", folder / "vae", AutoencoderKLMovieGen)
+    text = {f"{name}{suffix}": None for suffix in TEXT_ENCODERS for name in ("tokenizer", "text_encoder")}
     pipe = MovieGenPipeline(
-        **components,
+        **text,
         transformer=transformer,
-        vae=vae,
-        scheduler=FlowMatchLinearQuadraticScheduler(),
+        vae=AutoencoderKLMovieGen.from_pretrained(folder / "vae"),
+        scheduler=FlowMatchLinearQuadraticScheduler.from_pretrained(folder / "scheduler"),
         default_height=args.height,
         default_width=args.width,
         default_num_frames=args.num_frames,
         default_frame_rate=args.frame_rate,
         default_guidance_scale=args.guidance_scale,
     )
-    # Before minutes go into encoding what the backbone has no positions for.
-    pipe.check_size(args.height, args.width, args.num_frames)
+    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-class Cache:
-    """Posteriors of rendered scenes and text features of their captions, computed once.
-
-    Each scene has two captions, the core one and one of the other phrasings.
-    """
-
-    @torch.no_grad()
-    def __init__(self, args: Arguments, pipe: MovieGenPipeline, count: int, images: bool, seed: int, held_out: bool):
-        generator = torch.Generator().manual_seed(seed)
-        rng = random.Random(seed)
-        motions = ("stays still",) if images else MOTIONS
-        self.tuples = sample_tuples(count, generator, held_out, motions)
-        scenes = draw_scenes(self.tuples, generator)
-        num_frames = 1 if images else args.num_frames
-        config, device = pipe.vae.config, pipe.vae.device
-        latents_mean = torch.tensor(config.latents_mean, device=device).view(1, -1, 1, 1, 1)
-        latents_std = torch.tensor(config.latents_std, device=device).view(1, -1, 1, 1, 1)
-        means, stds = [], []
-        # 64 frames at a time: more do not fit a processor's cache and take twice as long.
-        chunk = max(64 // num_frames, 1)
-        description = "encoding pictures" if images else "encoding clips"
-        for start in tqdm(range(0, count, chunk), desc=description, mininterval=10):
-            part = scenes[torch.arange(start, min(start + chunk, count))]
-            video = render(part, num_frames, args.frame_rate, args.height, args.width, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
-                posterior = pipe.vae.encode(video.float() / 127.5 - 1).latent_dist
-            means.append(((posterior.mean.float() - latents_mean) / latents_std).half())
-            stds.append((posterior.std.float() / latents_std).half())
-        self.means, self.stds = torch.cat(means), torch.cat(stds)
-
-        captions = []
-        for colour, shape, motion, background in self.tuples:
-            said = None if images else motion
-            captions.append(core_caption(colour, shape, said, background))
-            captions.append(phrase(colour, shape, said, background, rng))
-        self.text = TextCache(pipe, sorted(set(captions)), num_frames, args.frame_rate)
-        self.captions = list(zip(captions[::2], captions[1::2], strict=True))
-
-    def __len__(self) -> int:
-        return len(self.means)
-
-    def latents(self, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Samples of the posteriors of the scenes `index`, normalised, float32."""
-        means, stds = self.means[index.to(self.means.device)].float(), self.stds[index.to(self.means.device)].float()
-        return means + stds * torch.randn(means.shape, generator=generator).to(means.device)
-
-
-class TextCache:
-    """Text features by caption; the empty caption is the unconditional one."""
-
-    def __init__(self, pipe: MovieGenPipeline, captions: list[str], num_frames: int, frame_rate: float):
-        self.features = {}
-        captions = ["", *captions]
-        for start in tqdm(range(0, len(captions), 256), desc="encoding captions", mininterval=10):
-            part = captions[start : start + 256]
-            embeds = pipe.encode_prompt(
-                part,
-                do_classifier_free_guidance=False,
-                num_frames=num_frames,
-                frame_rate=frame_rate,
-                dtype=torch.float32,
+def check_sizes(args: Arguments, pipe: MovieGenPipeline, caches: list[LatentCache]) -> None:
+    """Raises a `ValueError` if the position tables are too small for a bucket or for the sample sheets."""
+    patch, have = pipe.transformer.config.patch_size, pipe.transformer.config.max_grid_size
+    temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    for bucket in sorted({sample.bucket for cache in caches for sample in cache.samples}):
+        need = [
+            math.ceil(size / (factor * part))
+            for size, factor, part in zip(bucket, (temporal, spatial, spatial), patch, strict=True)
+        ]
+        if any(positions > limit for positions, limit in zip(need, have, strict=True)):
+            raise ValueError(
+                f"the backbone has positions for a grid of {' x '.join(map(str, have))}, but the caches hold samples "
+                f"of {bucket} (frames x height x width), a grid of {' x '.join(map(str, need))}: pass a larger "
+                "--max_grid_size."
             )
-            for row, caption in enumerate(part):
-                self.features[caption] = {
-                    suffix: embeds[f"prompt_embeds{suffix}"][row][embeds[f"prompt_attention_mask{suffix}"][row]].half()
-                    for suffix in TEXT_ENCODERS
-                }
-
-    def inputs(self, captions: list[str]) -> dict[str, torch.Tensor | None]:
-        """Arguments of the backbone's `forward`; an encoder that has no token for any caption is left out."""
-        inputs = {}
-        for suffix in TEXT_ENCODERS:
-            features = [self.features[caption][suffix] for caption in captions]
-            lengths = torch.tensor([len(value) for value in features], device=features[0].device)
-            if lengths.max() == 0:
-                continue
-            padded = pad_sequence(features, batch_first=True).float()
-            mask = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
-            inputs[f"encoder_hidden_states{suffix}"] = padded
-            inputs[f"encoder_attention_mask{suffix}"] = None if mask.all() else mask
-        return inputs
+    pipe.check_size(args.height, args.width, args.num_frames)
 
 
-def draw_batch(args: Arguments, cache: Cache, seed: int):
-    """Latents, noise, timesteps and text inputs that `seed` alone decides."""
-    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
-    index = torch.randint(len(cache), (args.train_batch_size,), generator=generator)
-    latents = cache.latents(index, generator)
-    captions = [
-        "" if rng.random() < args.prompt_dropout else cache.captions[i][rng.random() < 0.5] for i in index.tolist()
+def sheet_samples(args: Arguments, cache: LatentCache) -> list[int]:
+    """The samples whose prompts the sheets show: images for pictures, videos for films."""
+    indices = [
+        i for i, sample in enumerate(cache.samples) if (sample.bucket.num_frames == 1) == (args.num_frames == 1)
     ]
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    timesteps = sample_timesteps(len(index), generator, device=latents.device)
-    return latents, noise, timesteps, cache.text.inputs(captions)
-
-
-def flow_loss(transformer, scheduler, latents, noise, timesteps, text) -> torch.Tensor:
-    noisy = scheduler.scale_noise(latents, timesteps, noise)
-    prediction = transformer(hidden_states=noisy, timestep=timesteps, **text, return_dict=False)[0]
-    return torch.nn.functional.mse_loss(prediction.float(), scheduler.get_velocity(latents, noise))
+    if args.num_validation_samples and not indices:
+        kind = "image" if args.num_frames == 1 else "video"
+        raise ValueError(
+            f"--num_frames is {args.num_frames}, but --validation_data has no {kind} whose prompt a sample could "
+            "show; change one of them, or pass --num_validation_samples 0."
+        )
+    return indices[: args.num_validation_samples]
 
 
 @torch.no_grad()
-def validate(args: Arguments, pipe: MovieGenPipeline, cache: Cache, accelerator: Accelerator, sheet: Path) -> dict:
-    """Flow loss on held-out clips at fixed times and noise, and how often sampled clips show what was asked for."""
+def draw_samples(
+    args: Arguments,
+    accelerator: Accelerator,
+    pipe: MovieGenPipeline,
+    cache: LatentCache,
+    indices: list[int],
+    path: Path,
+) -> None:
+    """Writes a sheet of samples for the prompts of `indices`. All processes sample, since weights may be sharded."""
+    embeds = {}
+    for prefix, texts in (
+        ("", [cache.read(index)["text"] for index in indices]),
+        ("negative_", [cache.unconditional] * len(indices)),
+    ):
+        inputs = text_inputs(texts, accelerator.device)
+        for suffix in TEXT_ENCODERS:
+            features, mask = (inputs[f"encoder_{name}{suffix}"] for name in ("hidden_states", "attention_mask"))
+            embeds[f"{prefix}prompt_embeds{suffix}"] = features
+            embeds[f"{prefix}prompt_attention_mask{suffix}"] = (
+                torch.ones(features.shape[:2], dtype=torch.bool, device=features.device) if mask is None else mask
+            )
     pipe.transformer.eval()
-    losses = []
-    for batch in range(4):
-        with accelerator.autocast():
-            losses.append(flow_loss(pipe.transformer, pipe.scheduler, *draw_batch(args, cache, 3_000_000_000 + batch)))
-    tuples = cache.tuples[: args.num_validation_prompts]
+    generator = torch.Generator().manual_seed(args.seed)
     with accelerator.autocast():
-        frames = pipe(
-            [captions[0] for captions in cache.captions[: args.num_validation_prompts]],
-            num_frames=1 if args.stage == "image" else args.num_frames,
-            num_inference_steps=25,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
+        latents = pipe(
+            **embeds, num_inference_steps=args.num_inference_steps, generator=generator, output_type="latent"
         ).frames
-    video = frames.float().transpose(1, 2)
-    save_sample_sheet(video[:12] * 2 - 1, sheet)
-    rows = compare(see((video * 255).round().to(torch.uint8), args.frame_rate), tuples)
+        if accelerator.is_main_process:
+            save_sample_sheet(pipe.decode_latents(latents, args.num_frames), path)
     pipe.transformer.train()
-    accuracy = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    return {"validation_loss": torch.stack(losses).mean().item(), **accuracy}
 
 
-def model_card(args: Arguments, repo_id: str, figures: dict[str, float], num_processes: int) -> ModelCard:
+def save_result(
+    args: Arguments, pipe: MovieGenPipeline, frozen: Path, weights: dict[str, torch.Tensor], target: Path
+) -> None:
+    """Writes a pipeline folder: the files of the folder `frozen`, and `weights` in bfloat16 as the backbone.
+
+    It is written beside and renamed, so that what `target` holds is whole.
+    """
+    with torch.device("meta"):
+        transformer = MovieGenTransformer3DModel.from_config(pipe.transformer.config)
+    weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in weights.items()}
+    transformer.load_state_dict(weights, assign=True)
+    # diffusers would write down the folder that the weights came from.
+    transformer.register_to_config(_name_or_path="")
+    index = json.loads((frozen / "model_index.json").read_text(encoding="utf-8"))
+    index["transformer"] = ["diffusers_moviegen", MovieGenTransformer3DModel.__name__]
+    index |= {name: value for name, value in pipe.config.items() if name.startswith("default_")}
+    index.pop("_name_or_path", None)
+
+    partial, replaced = target.with_name(f"partial-{target.name}"), target.with_name(f"partial-{target.name}-replaced")
+    try:
+        for folder in (partial, replaced):
+            if folder.exists():
+                shutil.rmtree(folder)
+        # The card of another model, and what git and the Hub keep beside a download, do not belong to the result.
+        shutil.copytree(frozen, partial, ignore=shutil.ignore_patterns("transformer", "README.md", ".*"))
+        transformer.save_pretrained(partial / "transformer", max_shard_size=args.max_shard_size)
+        text = json.dumps(index, indent=2, sort_keys=True)
+        (partial / "model_index.json").write_text(f"{text}\n", encoding="utf-8")
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+        shutil.rmtree(replaced, ignore_errors=True)
+    # Of a full disk safetensors has an error of its own.
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"'{target}' cannot be written: {error}; make room and resume from the last checkpoint."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_card(
+    args: Arguments, repo_id: str, cache: LatentCache, figures: dict[str, float], num_processes: int
+) -> ModelCard:
     """What the run was, said where its result is pushed to."""
-    images = args.stage == "image"
-    prompt = f"a red circle{'' if images else ' bounces'} on a pink background"
+    images = sum(sample.bucket.num_frames == 1 for sample in cache.samples)
+    videos = len(cache.samples) - images
+    picture = args.num_frames == 1
+    size = f"{args.width} x {args.height} pixels"
+    film = f"films of {args.num_frames} frames at {args.frame_rate:g} frames a second, {size}"
     imports = ["import torch", "from diffusers_moviegen import MovieGenPipeline"]
-    load = [
-        f'pipe = MovieGenPipeline.from_pretrained("{repo_id}")',
-        "generator = torch.Generator().manual_seed(0)",
-    ]
-    if images:
-        use = [
-            f'picture = pipe("{prompt}", num_frames=1, generator=generator).frames[0][0]',
-            'picture.save("picture.png")',
-        ]
+    call = "pipe(prompt, generator=generator).frames[0]"
+    if picture:
+        use = [f'{call}[0].save("picture.png")']
     else:
         imports.append("from diffusers_moviegen.media import save_video")
-        use = [
-            f'film = pipe("{prompt}", generator=generator).frames[0]',
-            f'save_video(film, "film.mp4", frame_rate={args.frame_rate:g})',
-        ]
-    shape = f"{args.width} x {args.height} pixels"
-    clips = f"clips of {args.num_frames} frames at {args.frame_rate:g} frames a second"
-    drawn = f"{args.num_cached_images} pictures" + ("" if images else f" and {args.num_cached_clips} clips")
+        use = [f'save_video({call}, "film.mp4", frame_rate={args.frame_rate:g})']
+    snippet = [
+        *imports,
+        "",
+        f'pipe = MovieGenPipeline.from_pretrained("{repo_id}")',
+        "generator = torch.Generator().manual_seed(0)",
+        f"prompt = {json.dumps(cache.samples[0].captions[0], ensure_ascii=False)}",
+        *use,
+    ]
+    # Folders tell about the machine and its user, so only their names are written.
+    names = {
+        name: " ".join(Path(folder).name for folder in getattr(args, name)) for name in ("data", "validation_data")
+    }
     return build_model_card(
         repo_id,
-        summary=f"A Movie Gen {'text-to-image' if images else 'text-to-video'} pipeline for diffusers, trained on"
-        " Toybox, a procedural world of one coloured shape on a flat ground. It makes "
-        + (f"pictures of {shape}." if images else f"{clips}, {shape}, and pictures of that size."),
-        snippet="\n".join([*imports, "", *load, *use]),
-        data=f"Toybox alone: {drawn}, {shape}, drawn and captioned by the program itself; this run used no picture,"
-        " film or text of anyone else. One in ten combinations of colour, shape, motion and background is held out:"
-        " the run trained on none of them, and its figures are measured on nothing else.",
-        recipe={**asdict(args), "processes": num_processes},
+        summary=f"A Movie Gen {'text-to-image' if picture else 'text-to-video'} pipeline for diffusers. It makes "
+        + (f"pictures of {size}." if picture else f"{film}."),
+        snippet="\n".join(snippet),
+        data=f"{images} images and {videos} videos with captions, from latent caches of the names {names['data']}."
+        + (f" The figures are measured on others, {names['validation_data']}." if args.validation_data else ""),
+        recipe={**asdict(args), **names, "processes": num_processes},
         figures=figures,
-        figures_note="Measured by the run itself after its last step, on the averaged weights, before they were"
-        " rounded to bfloat16. `validation_loss` is the flow-matching loss on held-out scenes at fixed times and"
-        f" noise; the others are the share of {args.num_validation_prompts} held-out prompts whose colour, shape,"
-        " motion, background, and all of these, a program sees in the samples (25 steps, guidance"
-        f" {args.guidance_scale:g}).",
+        figures_note="Measured by the run itself after its last step, before the averaged weights were rounded to"
+        " bfloat16. `loss` is that of the last steps on the training data; `validation_loss` is the flow-matching loss"
+        " at fixed times and noise.",
         base_model=args.transformer,
-        pipeline_tag="text-to-image" if images else "text-to-video",
-        tags=["toybox"],
+        pipeline_tag="text-to-image" if picture else "text-to-video",
+        tags=[],
     )
 
 
 def main(args: Arguments) -> None:
-    # An encoder that has no token for any caption of a batch leaves its projection without a gradient.
-    parallel = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, kwargs_handlers=[parallel])
-    set_seed(args.seed, device_specific=True)
     output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(output_dir / "logs"),
+    )
+    prepare_sharding(accelerator)
+    if args.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            "--mixed_precision fp16 needs a GPU, and would be float32 without a word here: pass bf16 or no."
+        )
+
+    # 1. Data: posteriors and text features that the frozen models computed once
+    frozen = find_pipeline(args.pipeline)
+    index = json.loads((frozen / "model_index.json").read_text(encoding="utf-8"))
+    if index["_class_name"] != MovieGenPipeline.__name__:
+        raise ValueError(f"--pipeline: '{args.pipeline}' is a {index['_class_name']}; pass a MovieGenPipeline.")
+    cache = LatentCache(args.data)
+    validation_cache = LatentCache(args.validation_data) if args.validation_data else None
+    caches = [cache, validation_cache] if validation_cache else [cache]
+    if accelerator.is_main_process:
+        for each in caches:
+            each.check_models(frozen)
+    # What is made by default is what there is most of to learn from, films before pictures.
+    counts = Counter(sample.bucket for sample in cache.samples)
+    common = max(counts, key=lambda bucket: (bucket.num_frames > 1, counts[bucket]))
+    for name in ("num_frames", "height", "width"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(common, name))
+    args.frame_rate = args.frame_rate or cache.frame_rate or index["default_frame_rate"]
+
+    # 2. Models: only the backbone learns. Every process makes the same fresh weights
+    set_seed(args.seed)
+    transformer = load_backbone(args, cache)
+    pipe = load_pipeline(args, frozen, transformer)
+    check_sizes(args, pipe, caches)
+    shown = sheet_samples(args, validation_cache) if validation_cache else []
+    if shown:
+        pipe.vae.to(accelerator.device)
+    if accelerator.device.type == "cpu":
+        # The fused CPU kernel's backward is several times slower than plain matrix products at these lengths.
+        transformer.set_attention_backend("_native_math")
+    # FSDP2 may be configured to recompute the blocks by itself.
+    recomputes = accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.activation_checkpointing
+    if args.gradient_checkpointing and not recomputes:
+        transformer.enable_gradient_checkpointing()
+    transformer.train()
+
+    # 3. Optimisation. The moving average is made of the weights as they are sharded
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
+    )
+    if args.lr_scheduler == "halve_on_plateau":
+        min_factor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
+        plateau = HalveOnPlateau(args.lr_warmup_steps, args.lr_patience, min_factor)
+        lr_scheduler = LambdaLR(optimizer, plateau)
+    else:
+        plateau = None
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+        )
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    ema = ShardedEMA(accelerator, model, args.ema_decay)
+
+    # 4. Batches of one shape, the same on every process
+    try:
+        sampler = BucketSampler(
+            [sample.bucket for sample in cache.samples],
+            args.train_batch_size,
+            seed=args.seed,
+            images_to_videos=tuple(args.images_to_videos),
+            rank=accelerator.process_index,
+            num_replicas=accelerator.num_processes,
+        )
+    except ValueError as error:
+        raise ValueError(f"--data, --train_batch_size, --images_to_videos: {error}") from error
+    loader = BucketLoader(cache, sampler, args.num_workers)
+
+    # 5. Where the run stands
+    state = RunState()
+    accelerator.register_for_checkpointing(state, lr_scheduler, loader)
+    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
+    # accelerate would count passes on, and end a step in the middle if it had another number of them before.
+    accelerator.step = 0
+    repo_id = None
     if accelerator.is_main_process:
         if args.push_to_hub:
             # A missing token or a name that is taken is better known now than after the last step.
             repo_id = prepare_hub_repository(args.hub_model_id, MovieGenPipeline.__name__, args.hub_private)
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
-
-    # 1. Models: only the backbone learns
-    pipe = load_pipeline(args)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(accelerator.device)
-    transformer, scheduler = pipe.transformer, pipe.scheduler
-    if accelerator.device.type == "cpu":
-        # The fused CPU kernel's backward is several times slower than plain matrix products at these lengths.
-        transformer.set_attention_backend("_native_math")
-    transformer.train()
-
-    # 2. Optimisation
-    ema = EMAModel(transformer.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
-    lr_scheduler = get_scheduler(
-        "cosine", optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-    wrapped, optimizer = accelerator.prepare(transformer, optimizer)
-    accelerator.register_for_checkpointing(lr_scheduler, ema)
-    first_step = restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    # Only now, because a checkpoint restores it on the CPU.
-    ema.to(accelerator.device)
-
-    # 3. Data: everything the frozen models compute is computed once, by each process for scenes of its own
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    seed = 2 * (args.seed * processes + rank)
-    images = Cache(args, pipe, args.num_cached_images // processes, images=True, seed=seed, held_out=False)
-    clips, held_out = None, None
-    if args.stage == "joint":
-        clips = Cache(args, pipe, args.num_cached_clips // processes, images=False, seed=seed + 1, held_out=False)
-    if accelerator.is_main_process:
-        held_out = Cache(args, pipe, 256, images=args.stage == "image", seed=0, held_out=True)
     accelerator.wait_for_everyone()
+    start_trackers(accelerator, "train_text_to_video", asdict(args), state.step)
 
-    # 4. Steps
+    def measure(losses: list[float]) -> dict[str, float]:
+        """The figures of a step, of the averaged weights; draws a sheet, too."""
+        figures = {"loss": sum(losses) / len(losses)} if losses else {}
+        if validation_cache is not None:
+            with ema.applied():
+                figures["validation_loss"] = validation_flow_loss(
+                    model, pipe.scheduler, validation_cache, accelerator, args.train_batch_size
+                )
+                if shown:
+                    sheet = output_dir / "samples" / f"step_{state.step:06d}.png"
+                    draw_samples(args, accelerator, pipe, validation_cache, shown, sheet)
+        return figures
+
+    # 6. Steps
     progress = tqdm(
-        range(first_step, args.max_train_steps),
-        initial=first_step,
+        initial=state.step,
         total=args.max_train_steps,
         disable=not accelerator.is_main_process,
         mininterval=10,
     )
-    start, average, figures = time.perf_counter(), None, None
-    for step in progress:
-        on_images = clips is None or step % (1 + args.videos_per_image_batch) == 0
-        # The step alone decides the batch, so a resumed run sees what an uninterrupted one would.
-        seed = (args.seed * args.max_train_steps + step) * accelerator.num_processes + accelerator.process_index
-        batch = draw_batch(args, images if on_images else clips, seed)
-        loss = flow_loss(wrapped, scheduler, *batch)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), args.max_grad_norm)
-        optimizer.step()
-        lr_scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.step(transformer.parameters())
+    batches, losses, figures, stopping = iter(loader), [], None, False
+    mark = time.perf_counter()
+    # Closed on the way out, so that a message of what went wrong begins a line.
+    with StopSignal() as stop, progress:
+        while state.step < args.max_train_steps and not stopping:
+            parts, names = [], []
+            for _ in range(args.gradient_accumulation_steps):
+                batch = next(batches)
+                # The number of the batch alone decides what is drawn, so a resumed run draws the same.
+                generator = step_generator(args.seed, loader.step, accelerator.process_index)
+                inputs = draw_flow_batch(
+                    batch, cache.unconditional, args.prompt_dropout, generator, accelerator.device
+                )
+                with accelerator.accumulate(model):
+                    with accelerator.autocast():
+                        loss = flow_loss(model, pipe.scheduler, *inputs)
+                    accelerator.backward(loss)
+                parts.append(loss.detach())
+                names += batch["name"]
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            loss, stopping = exchange(accelerator, torch.stack(parts).mean(), stop.requested)
+            # In float16 an infinite norm is how the scaler finds that its scale is too large.
+            scaled = accelerator.scaler is not None
+            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
+            if accepted or scaled:
+                optimizer.step()
+            if accepted:
+                ema.step()
+                losses.append(loss)
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            now = time.perf_counter()
+            state.seconds, mark = state.seconds + now - mark, now
+            accelerator.log({"loss": loss, "learning_rate": learning_rate}, step=state.step)
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
-        done = step + 1
-        if not on_images or clips is None:
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        if done % 10 == 0 and average is not None:
-            progress.set_postfix(
-                loss=f"{average:.4f}", s_step=f"{(time.perf_counter() - start) / (done - first_step):.2f}"
+            finished = state.step == args.max_train_steps
+            if (state.step % args.validation_steps == 0 and not stopping) or finished:
+                figures = measure(losses)
+                losses = []
+                if plateau is not None:
+                    plateau.update(figures["validation_loss"])
+                line = {
+                    "step": state.step,
+                    **figures,
+                    "learning_rate": learning_rate,
+                    "skipped_steps": state.skipped_steps,
+                    "seconds": state.seconds,
+                }
+                accelerator.print(json.dumps(line), flush=True)
+                accelerator.log(
+                    {name: value for name, value in line.items() if name not in ("step", "loss")}, state.step
+                )
+            if state.step % args.checkpointing_steps == 0 or stopping or finished:
+                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+        if state.step < args.max_train_steps:
+            # Still within the context: launchers send the signal more than once.
+            progress.close()
+            accelerator.print(
+                f"stopped after step {state.step}; --resume_from_checkpoint latest goes on there", file=sys.stderr
             )
-        if done % args.validation_steps == 0 or done == args.max_train_steps:
-            if accelerator.is_main_process:
-                ema.store(transformer.parameters())
-                ema.copy_to(transformer.parameters())
-                sheet = output_dir / "samples" / f"step_{done:06d}.png"
-                figures = validate(args, pipe, held_out, accelerator, sheet)
-                ema.restore(transformer.parameters())
-                accelerator.print(json.dumps({"step": done, "loss": average, **figures}))
-            accelerator.wait_for_everyone()
-        if done % args.checkpointing_steps == 0 or done == args.max_train_steps:
-            save_checkpoint(accelerator, output_dir, done, args.checkpoints_total_limit)
+            accelerator.end_training()
+            return
 
-    # 5. The averaged weights are the result
-    ema.copy_to(transformer.parameters())
-    if accelerator.is_main_process:
-        if args.push_to_hub and figures is None:
-            # A run that is resumed after its last step has the model card still to write.
-            sheet = output_dir / "samples" / f"step_{args.max_train_steps:06d}.png"
-            figures = validate(args, pipe, held_out, accelerator, sheet)
-        for component in pipe.components.values():
-            if isinstance(component, torch.nn.Module):
-                # Rounds what is stored, past diffusers' warning about modules that compute in float32: they still do
-                # once they are loaded.
-                torch.nn.Module.to(component, torch.bfloat16)
-            if isinstance(component, ModelMixin):
-                # diffusers would write down the folder that the weights came from.
-                component.register_to_config(_name_or_path="")
-        pipe.save_pretrained(output_dir / "pipeline", max_shard_size="14MB")
-        # The vision half of the CLIP travels with the checkpoint for the tasks that condition on pictures.
-        for name in IMAGE_ENCODER:
-            shutil.copytree(Path(args.text_encoders) / name, output_dir / "pipeline" / name, dirs_exist_ok=True)
-    accelerator.end_training()
+    # 7. The averaged weights are the result, in a pipeline that is whole
+    if figures is None and args.push_to_hub:
+        # A run that is resumed after its last step has the model card still to write.
+        figures = measure(losses)
+    with ema.applied():
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            save_result(args, pipe, frozen, weights, output_dir / "pipeline")
 
-    # 6. The result goes to the Hub; it stays in its folder when it cannot
+    # 8. It goes to the Hub; it stays in its folder when it cannot
     if args.push_to_hub and accelerator.is_main_process:
-        card = model_card(args, repo_id, figures, accelerator.num_processes)
-        try:
-            print(push_folder_to_hub(output_dir / "pipeline", repo_id, card, args.hub_private))
-        except OSError as error:
-            sys.exit(f"error: {error}")
+        card = model_card(args, repo_id, cache, figures, accelerator.num_processes)
+        print(push_folder_to_hub(output_dir / "pipeline", repo_id, card, args.hub_private))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    run_script(main, Arguments)

@@ -1,23 +1,54 @@
 """What the scripts in `training_examples/` share."""
 
-from .arguments import check_model_folder, check_positive
+from .arguments import TrainingStopped, check_model_folder, check_positive, parse_arguments, run_script
 from .buckets import Bucket, Buckets, BucketSampler
-from .checkpointing import latest_checkpoint, restore_checkpoint, save_checkpoint
-from .flow_matching import sample_timesteps
+from .checkpointing import (
+    RunState,
+    StopSignal,
+    exchange,
+    latest_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from .ema import ShardedEMA
+from .flow_matching import (
+    draw_flow_batch,
+    flow_loss,
+    sample_timesteps,
+    step_generator,
+    text_inputs,
+    validation_flow_loss,
+)
 from .hub import build_model_card, prepare_hub_repository, push_folder_to_hub
-from .losses import kl_divergence, multiscale_gradient_loss, outlier_penalty
+from .latent_cache import CachedSample, LatentCache, LatentCacheWriter, find_pipeline, models_fingerprint
+from .losses import (
+    LearnedPerceptualLoss,
+    PatchDiscriminator3D,
+    adaptive_weight,
+    discriminator_loss,
+    kl_divergence,
+    multiscale_gradient_loss,
+    outlier_penalty,
+)
+from .lr_schedules import HalveOnPlateau
 from .media_dataset import (
     MediaDataset,
     MediaError,
     MediaInfo,
+    MediaMember,
     MediaReport,
+    MediaRow,
     MediaSample,
     MediaStream,
+    collate_media,
+    list_media,
     probe_media,
     read_media,
 )
-from .media_loaders import BucketLoader, StreamLoader, collate_media
+from .media_loaders import BucketLoader, StreamLoader
 from .sample_sheets import save_sample_sheet
+from .sharding import prepare_sharding
+from .trackers import check_tracker, start_trackers
 
 
 __all__ = [
@@ -25,27 +56,55 @@ __all__ = [
     "BucketLoader",
     "BucketSampler",
     "Buckets",
+    "CachedSample",
+    "HalveOnPlateau",
+    "LatentCache",
+    "LatentCacheWriter",
+    "LearnedPerceptualLoss",
     "MediaDataset",
     "MediaError",
     "MediaInfo",
+    "MediaMember",
     "MediaReport",
+    "MediaRow",
     "MediaSample",
     "MediaStream",
+    "PatchDiscriminator3D",
+    "RunState",
+    "ShardedEMA",
+    "StopSignal",
     "StreamLoader",
+    "TrainingStopped",
+    "adaptive_weight",
     "build_model_card",
     "check_model_folder",
     "check_positive",
+    "check_tracker",
     "collate_media",
+    "discriminator_loss",
+    "draw_flow_batch",
+    "exchange",
+    "find_pipeline",
+    "flow_loss",
     "kl_divergence",
     "latest_checkpoint",
+    "list_media",
+    "models_fingerprint",
     "multiscale_gradient_loss",
     "outlier_penalty",
+    "parse_arguments",
     "prepare_hub_repository",
-    "push_folder_to_hub",
+    "prepare_sharding",
     "probe_media",
+    "push_folder_to_hub",
     "read_media",
     "restore_checkpoint",
+    "run_script",
     "sample_timesteps",
     "save_checkpoint",
     "save_sample_sheet",
+    "start_trackers",
+    "step_generator",
+    "text_inputs",
+    "validation_flow_loss",
 ]

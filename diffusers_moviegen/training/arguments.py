@@ -1,9 +1,95 @@
-"""What the scripts check of their arguments before any work is done."""
+"""How the scripts read their options and say what is wrong with them."""
 
 import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from diffusers import ModelMixin
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+
+logger = logging.get_logger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """A run that cannot go on, for a reason that is neither a wrong option nor a defect; the message is one line."""
+
+
+def run_script(main: Callable[[Any], None], arguments_class: type, argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, runs `main` and ends a run that cannot go on with one line instead of a traceback.
+
+    The process exits with code 2 after a `ValueError`, an `OSError` or a `SafetensorError`, which is how options, data
+    and files are refused, and with code 1 after [`TrainingStopped`]. `DIFFUSERS_VERBOSITY=debug` shows the traceback
+    too.
+
+    Args:
+        main: takes an instance of `arguments_class`.
+        arguments_class: dataclass of the script's options.
+        argv: the command line without the name of the script; None reads that of the process.
+    """
+    try:
+        main(parse_arguments(arguments_class, argv))
+    except (OSError, SafetensorError, ValueError, TrainingStopped) as error:
+        logger.debug("traceback of the error below", exc_info=True)
+        # Some of the libraries' messages run over several lines.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, TrainingStopped) else 2)
+
+
+def parse_arguments(arguments_class: type, argv: Sequence[str] | None = None) -> Any:
+    """An instance of the dataclass `arguments_class` from `--config FILE.yaml`, if given, and the other options.
+
+    The keys of the file are names of options; what the command line says too overrules the file. A value of null
+    leaves an option at its default.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if the file is no mapping of options to values, or an option's value is out of range.
+        SystemExit: with code 2 and a usage message, if options are unknown, missing or of the wrong type.
+    """
+    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="options by name; the command line overrules them")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Required options may be in the file, so it is looked for before anything is parsed.
+    finder = HfArgumentParser((), add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    config_file = finder.parse_known_args(argv)[0].config
+    if config_file is not None:
+        argv = [*_read_config(Path(config_file), parser), *argv]
+    namespace = vars(parser.parse_args(argv))
+    del namespace["config"]
+    return arguments_class(**namespace)
+
+
+def _read_config(path: Path, parser: HfArgumentParser) -> list[str]:
+    """The options of a YAML file as a command line has them."""
+    if not path.is_file():
+        raise OSError(f"--config: there is no file '{path}'.")
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: '{path}' is not valid YAML: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"--config: '{path}' must hold lines of the form `option: value`.")
+    known = {string[2:] for action in parser._actions for string in action.option_strings if string.startswith("--")}
+    known -= {"config", "help"}
+    argv = []
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"--config: '{path}' has the option '{name}', which this script does not; see --help.")
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        if any(isinstance(item, dict | list) for item in values):
+            raise ValueError(f"--config: '{path}' gives '{name}' something nested; write one value or a flat list.")
+        # One argument each: a value may begin with a dash.
+        argv += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *map(str, values)]
+    return argv
 
 
 def check_positive(arguments: object, names: tuple[str, ...]) -> None:

@@ -7,10 +7,15 @@ Whatever cannot be used is skipped, counted and named with the reason in the rep
 """
 
 import csv
+import glob
 import io
+import itertools
+import json
 import math
+import re
+import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -35,6 +40,9 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Which members of a WebDataset shard are media.
 FILM_EXTENSIONS = ("avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm")
 PICTURE_EXTENSIONS = ("bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp")
+
+# Up to the first dot of its last part, a name tells which sample a member of a shard belongs to.
+_MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
 _NOT_MEDIA = "no picture or film that can be decoded"
 
@@ -536,6 +544,182 @@ def _check_frame_rate(frame_rate: float) -> None:
 
 
 @dataclass(frozen=True)
+class MediaMember:
+    """A file within a .tar archive: where its bytes begin and how many they are."""
+
+    archive: Path | str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            MediaError: if the archive is gone or cut off.
+        """
+        try:
+            with open(self.archive, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:
+            raise MediaError("unreadable archive", f"{self.archive}: {error.strerror}") from error
+        if len(content) < self.size:
+            raise MediaError("damaged or truncated archive", str(self.archive))
+        return content
+
+
+@dataclass(frozen=True)
+class MediaRow:
+    """A picture or film that a table or an archive names; it has not been looked at.
+
+    Attributes:
+        name: what the table, or the archive, calls the file.
+        caption: its caption, without spaces around it.
+        source: where it is.
+        row: its number in the table or among the archives' samples, from 0.
+    """
+
+    name: str
+    caption: str
+    source: Path | MediaMember
+    row: int
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Its size; None if there is no such file."""
+        if isinstance(self.source, MediaMember):
+            return self.source.size
+        return self.source.stat().st_size if self.source.is_file() else None
+
+
+def list_media(
+    source: str | Path,
+    *,
+    file_column: str = "file_name",
+    caption_column: str = "caption",
+    exclude: Sequence[str] = (),
+) -> tuple[list[MediaRow], MediaReport]:
+    """What a table, or WebDataset shards on this machine, name, without looking at the pictures and films.
+
+    Args:
+        source: as for [`MediaDataset`], or a .tar file, a folder of them or a pattern such as `"shards/*.tar"`, with
+            samples as for [`MediaStream`].
+        file_column: column with the files' paths, relative to the table.
+        caption_column: column with the captions, or their field of a sample's `.json` in a shard.
+        exclude: glob patterns of names to leave out.
+
+    Returns:
+        The rows with a file and a caption, and a report of the others.
+
+    Raises:
+        OSError: if there is no such source, or a folder has no table or several.
+        ValueError: if a table cannot be read, lacks a column or has no caption at all.
+    """
+    archives = _find_archives(source)
+    report = _new_report(str(source), exclude)
+    if archives is None:
+        path = _find_table(source)
+        candidates = _table_rows(path, _load_table(path, (file_column, caption_column)), file_column, caption_column)
+    else:
+        candidates = _archive_rows(archives, caption_column, report)
+    return list(_usable_rows(candidates, exclude, report)), report
+
+
+def _usable_rows(candidates: Iterable[MediaRow], exclude: Sequence[str], report: MediaReport) -> Iterator[MediaRow]:
+    for row in candidates:
+        pattern = _excluding_pattern(row.name, exclude)
+        if pattern is not None:
+            report.add(row.name, _excluded_by(pattern))
+        elif not row.name:
+            report.add(f"row {row.row}", "no file name")
+        elif not row.caption:
+            report.add(row.name, "empty caption")
+        else:
+            yield row
+
+
+def _table_rows(path: Path, table, file_column: str, caption_column: str) -> list[MediaRow]:
+    names = ["" if name is None else str(name).strip() for name in table[file_column]]
+    captions = ["" if text is None else str(text).strip() for text in table[caption_column]]
+    if names and not any(captions):
+        raise ValueError(f"'{path}' has no captions: the column {caption_column!r} is empty in every row.")
+    return [
+        MediaRow(name, caption, path.parent / name, row)
+        for row, (name, caption) in enumerate(zip(names, captions, strict=True))
+    ]
+
+
+def _find_archives(source: str | Path) -> list[Path] | None:
+    path = Path(source)
+    if path.is_dir():
+        has_table = any((path / name).is_file() for name in TABLE_NAMES)
+        return None if has_table else sorted(path.glob("*.tar")) or None
+    if path.suffix != ".tar":
+        return None
+    if path.is_file():
+        return [path]
+    archives = sorted(map(Path, glob.glob(str(source))))
+    if not archives:
+        raise OSError(f"there is no archive '{source}'.")
+    return archives
+
+
+def _archive_members(archive: Path, report: MediaReport) -> Iterator[tuple[str, str, MediaMember]]:
+    """Name up to its first dot, what follows the dot, and place of each file of an archive."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for entry in tar:
+                match = _MEMBER_NAME.fullmatch(entry.name)
+                if entry.isfile() and match:
+                    yield match[1], match[2], MediaMember(archive, entry.offset_data, entry.size)
+            # tarfile takes anything that is no header for the end, which is a block of zeros or nothing at all.
+            with archive.open("rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError("no header where the next file should begin")
+    except (OSError, tarfile.TarError) as error:
+        report.add(str(archive), "damaged or truncated archive", str(error))
+
+
+def _archive_rows(archives: list[Path], caption_column: str, report: MediaReport) -> Iterator[MediaRow]:
+    """One row for each sample with a picture or film; the others are reported."""
+    numbers = itertools.count()
+    for archive in archives:
+        for key, group in itertools.groupby(_archive_members(archive, report), key=lambda member: member[0]):
+            members = {extension: member for _, extension, member in group}
+            media = [name for name in FILM_EXTENSIONS + PICTURE_EXTENSIONS if name in members]
+            if not media:
+                report.add(key, "no picture or film")
+                continue
+            name = f"{key}.{media[0]}"
+            try:
+                text, fields = (members[name].read() if name in members else None for name in ("txt", "json"))
+                caption, _ = _caption_and_columns(text, fields, caption_column)
+            except MediaError as error:
+                report.add(name, error.reason, error.detail)
+                continue
+            yield MediaRow(name, caption, members[media[0]], next(numbers))
+
+
+def _caption_and_columns(text: bytes | None, fields: bytes | None, caption_column: str) -> tuple[str, dict[str, Any]]:
+    """The caption of a sample of a shard from its `.txt` and `.json`, and the other fields of the latter."""
+    try:
+        columns = json.loads(fields) if fields is not None else {}
+        text = "" if text is None else text.decode("utf-8")
+    except ValueError as error:
+        raise MediaError("unreadable caption", str(error)) from error
+    columns = dict(columns) if isinstance(columns, dict) else {}
+    return str(columns.pop(caption_column, None) or text).strip(), columns
+
+
+def collate_media(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Items of one shape as a batch: "video" uint8 `(batch, 3, num_frames, height, width)`, lists of all else."""
+    batch = {name: [item[name] for item in items] for name in items[0]}
+    batch["video"] = torch.stack(batch["video"])
+    return batch
+
+
+@dataclass(frozen=True)
 class MediaSample:
     """A usable row of a table.
 
@@ -606,30 +790,19 @@ class MediaDataset(torch.utils.data.Dataset):
         self.frame_rate, self.report = float(frame_rate), _new_report(str(path), exclude)
         self._table = _load_table(path, (file_column, caption_column))
         self._others = [name for name in self._table.column_names if name not in (file_column, caption_column)]
-        names = ["" if name is None else str(name).strip() for name in self._table[file_column]]
-        captions = ["" if text is None else str(text).strip() for text in self._table[caption_column]]
-        if names and not any(captions):
-            raise ValueError(f"'{path}' has no captions: the column {caption_column!r} is empty in every row.")
+        candidates = _table_rows(path, self._table, file_column, caption_column)
 
         self.samples: list[MediaSample] = []
-        for row, (name, caption) in enumerate(
-            zip(tqdm(names, desc=f"probing {path.parent.name}", disable=None), captions, strict=True)
-        ):
-            pattern = _excluding_pattern(name, exclude)
+        progress = tqdm(candidates, desc=f"probing {path.parent.name}", disable=None)
+        for row in _usable_rows(progress, exclude, self.report):
             try:
-                if pattern is not None:
-                    raise MediaError(_excluded_by(pattern))
-                if not name:
-                    raise MediaError("no file name")
-                if not caption:
-                    raise MediaError("empty caption")
-                info = probe_media(path.parent / name)
+                info = probe_media(row.source)
                 bucket = _choose_bucket(info, buckets, frame_rate)
             except MediaError as error:
-                self.report.add(name or f"row {row}", error.reason, error.detail)
+                self.report.add(row.name, error.reason, error.detail)
                 continue
             self.report.count(bucket.num_frames)
-            self.samples.append(MediaSample(name, path.parent / name, caption, row, info, bucket))
+            self.samples.append(MediaSample(row.name, row.source, row.caption, row.row, info, bucket))
         if not self.samples:
             reasons = [f"{len(names)} {reason}" for reason, names in self.report.skipped.items() if names]
             raise ValueError(f"'{path}' has no usable sample: {'; '.join(reasons)}.")
@@ -658,8 +831,36 @@ class MediaDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
 
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Items of one bucket as a batch: "video" uint8 `(batch, 3, num_frames, height, width)`, lists of all else."""
+        return collate_media(items)
+
 
 # --- Shards -----------------------------------------------------------------------------------------------------
+
+
+def _stream_samples(shards: list[str]) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as "key" and "members", bytes by extension; where it is damaged it ends with "damage"."""
+    from datasets import StreamingDownloadManager
+
+    # `datasets` reads one shard after another and hands this function a list of one.
+    (shard,) = shards
+    wanted = {*FILM_EXTENSIONS, *PICTURE_EXTENSIONS, "txt", "json"}
+
+    def members() -> Iterator[tuple[str, str, bytes | None]]:
+        for name, file in StreamingDownloadManager().iter_archive(shard):
+            match = _MEMBER_NAME.fullmatch(name)
+            if match:
+                yield match[1], match[2], file.read() if match[2] in wanted else None
+
+    try:
+        for key, group in itertools.groupby(members(), key=lambda member: member[0]):
+            contents = {extension: content for _, extension, content in group if content is not None}
+            yield {"key": key, "members": contents, "damage": ""}
+    except Exception as error:
+        # Archives, files and networks fail in ways of their own; none of them ends the epoch.
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield {"key": shard, "members": {}, "damage": reason}
 
 
 class MediaStream(torch.utils.data.IterableDataset):
@@ -669,8 +870,8 @@ class MediaStream(torch.utils.data.IterableDataset):
     the name: one picture or film (`PICTURE_EXTENSIONS`, `FILM_EXTENSIONS`, in small letters) and its caption, either a
     `.txt` or the field `caption_column` of a `.json`. Pictures and films may be mixed. The items are those of
     [`MediaDataset`], with the `.json`'s fields as "columns" and a window of the film drawn anew every epoch; a sample
-    that cannot be used is an item with the keys "name", "reason" and "detail" only. Batches of one shape, and the
-    report, come from [`StreamLoader`].
+    that cannot be used is an item with the keys "name", "reason" and "detail" only, and so is damage of a shard, which
+    stands for all that would follow. Batches of one shape, and the report, come from [`StreamLoader`].
 
     Ranks get whole shards if their number is a multiple of the number of ranks; otherwise every rank reads all shards
     and keeps its share of the samples. Every sample is read once an epoch, by one rank, in an order that `seed` and
@@ -686,7 +887,7 @@ class MediaStream(torch.utils.data.IterableDataset):
         rank, num_replicas: this process and how many there are.
 
     Raises:
-        OSError: if there are no such shards, or, while reading, if one is damaged.
+        OSError: if there are no such shards.
     """
 
     def __init__(
@@ -702,7 +903,8 @@ class MediaStream(torch.utils.data.IterableDataset):
         rank: int = 0,
         num_replicas: int = 1,
     ):
-        from datasets import Features, Image, Json, Value, Video, load_dataset
+        from datasets import IterableDataset
+        from datasets.data_files import DataFilesList
         from datasets.distributed import split_dataset_by_node
 
         _check_frame_rate(frame_rate)
@@ -711,13 +913,10 @@ class MediaStream(torch.utils.data.IterableDataset):
         self.exclude, self.seed, self.epoch = exclude, seed, 0
         self.shuffle_buffer, self.num_replicas = shuffle_buffer, num_replicas
         self.new_report()
-        # Without features the first samples decide what the shards may hold, and all of it must be of one kind.
-        features = {"__key__": Value("string"), "__url__": Value("string"), "txt": Value("string"), "json": Json()}
-        features |= {name: Video(decode=False) for name in FILM_EXTENSIONS}
-        features |= {name: Image(decode=False) for name in PICTURE_EXTENSIONS}
-        stream = load_dataset(
-            "webdataset", data_files=self.shards, split="train", streaming=True, features=Features(features)
-        )
+        files = list(DataFilesList.from_local_or_remote(self.shards))
+        if not files:
+            raise OSError(f"there are no shards {', '.join(self.shards)}.")
+        stream = IterableDataset.from_generator(_stream_samples, gen_kwargs={"shards": files})
         stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer)
         self._stream = split_dataset_by_node(stream, rank=rank, world_size=num_replicas)
 
@@ -731,33 +930,25 @@ class MediaStream(torch.utils.data.IterableDataset):
         self._stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        last = ""
-        samples = iter(self._stream)
-        while True:
-            try:
-                sample = next(samples, None)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise OSError(f"a shard of {', '.join(self.shards)} is damaged{last}: {reason}") from error
-            if sample is None:
-                return
-            last = f", after sample '{sample['__key__']}' of '{sample['__url__']}'"
+        for sample in self._stream:
             yield self._read(sample)
 
     def _read(self, sample: dict[str, Any]) -> dict[str, Any]:
-        media = [name for name in FILM_EXTENSIONS + PICTURE_EXTENSIONS if sample[name] is not None]
-        name = f"{sample['__key__']}.{media[0]}" if media else sample["__key__"]
+        members = sample["members"]
+        media = [name for name in FILM_EXTENSIONS + PICTURE_EXTENSIONS if name in members]
+        name = f"{sample['key']}.{media[0]}" if media else sample["key"]
         try:
+            if sample["damage"]:
+                raise MediaError("damaged or truncated archive", sample["damage"])
             if not media:
                 raise MediaError("no picture or film")
             pattern = _excluding_pattern(name, self.exclude)
             if pattern is not None:
                 raise MediaError(_excluded_by(pattern))
-            columns = dict(sample["json"]) if isinstance(sample["json"], dict) else {}
-            caption = str(columns.pop(self.caption_column, None) or sample["txt"] or "").strip()
+            caption, columns = _caption_and_columns(members.get("txt"), members.get("json"), self.caption_column)
             if not caption:
                 raise MediaError("empty caption", f"its .json has {', '.join(columns)}" if columns else "")
-            content = sample[media[0]]["bytes"]
+            content = members[media[0]]
             info = probe_media(content)
             bucket = _choose_bucket(info, self.buckets, self.frame_rate)
             # Decided by the name, so that it does not depend on which worker reads it.

@@ -1,4 +1,4 @@
-"""Batches of one shape from tables and from streamed shards, with a position that a checkpoint can hold.
+"""Batches of one shape from tables, caches of latents and streamed shards, with a position that a checkpoint can hold.
 
 sampler = BucketSampler([sample.bucket for sample in dataset.samples], batch_size=4, seed=0)
 loader = BucketLoader(dataset, sampler, num_workers=4)
@@ -6,6 +6,8 @@ accelerator.register_for_checkpointing(loader)
 for batch in loader: ...
 """
 
+import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,17 +17,11 @@ from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
 from .buckets import Bucket, BucketSampler
-from .media_dataset import MediaDataset, MediaError, MediaReport, MediaStream
+from .latent_cache import LatentCache
+from .media_dataset import MediaDataset, MediaError, MediaReport, MediaStream, collate_media
 
 
 logger = logging.get_logger(__name__)
-
-
-def collate_media(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Items of one shape as a batch: "video" uint8 `(batch, 3, num_frames, height, width)`, lists of all else."""
-    batch = {name: [item[name] for item in items] for name in items[0]}
-    batch["video"] = torch.stack(batch["video"])
-    return batch
 
 
 def _as_it_is(item: Any) -> Any:
@@ -33,10 +29,19 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _outlive_sigterm(worker: int) -> None:
+    """Leaves it to the process that trains to end a worker.
+
+    Schedulers send SIGTERM to all processes of a job, and the one that saves a checkpoint then may still wait for a
+    batch. A worker whose parent is gone ends by itself.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class _Steps(torch.utils.data.Dataset):
     """The batch of each step, and what could not be read for it."""
 
-    def __init__(self, dataset: MediaDataset, sampler: BucketSampler):
+    def __init__(self, dataset: MediaDataset | LatentCache, sampler: BucketSampler):
         self.dataset, self.sampler = dataset, sampler
 
     def _candidates(self, bucket: Bucket, index: int) -> Iterator[int]:
@@ -60,7 +65,7 @@ class _Steps(torch.utils.data.Dataset):
                 raise OSError(
                     f"no sample of the bucket {bucket} can be read any more; the last was '{name}': {reason}."
                 )
-        return collate_media(items), failures
+        return self.dataset.collate(items), failures
 
 
 class _From(torch.utils.data.Sampler):
@@ -82,7 +87,7 @@ class BucketLoader:
     to be passed to `accelerator.prepare`, which would share its batches out once more.
 
     Args:
-        dataset: the samples.
+        dataset: the samples: pictures and films, or a cache of their latents.
         sampler: the order, made for the buckets of the same samples.
         num_workers: processes that decode ahead; 0 decodes in this one.
 
@@ -90,7 +95,7 @@ class BucketLoader:
         step (`int`): number of batches handed out.
     """
 
-    def __init__(self, dataset: MediaDataset, sampler: BucketSampler, num_workers: int = 0):
+    def __init__(self, dataset: MediaDataset | LatentCache, sampler: BucketSampler, num_workers: int = 0):
         self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
         self.step = 0
         self._failed = set()
@@ -101,7 +106,12 @@ class BucketLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         steps = _Steps(self.dataset, self.sampler)
         for batch, failures in DataLoader(
-            steps, sampler=_From(self.step), batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is
+            steps,
+            sampler=_From(self.step),
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_outlive_sigterm,
         ):
             for failure in failures:
                 if failure not in self._failed:
@@ -112,8 +122,13 @@ class BucketLoader:
             self.step += 1
             yield batch
 
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        names = "\n".join(sample.name for sample in self.dataset.samples)
+        return {**self.sampler.fingerprint, "samples of the digest": hashlib.sha256(names.encode()).hexdigest()[:16]}
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, **self.sampler.fingerprint}
+        return {"step": self.step, **self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on after the last batch handed out when `state_dict` was made.
@@ -121,7 +136,7 @@ class BucketLoader:
         Raises:
             ValueError: if the data or the batches have changed, so that the position would mean another order.
         """
-        for name, value in self.sampler.fingerprint.items():
+        for name, value in self._fingerprint.items():
             if state_dict[name] != value:
                 raise ValueError(
                     f"the data position was saved with {name} {state_dict[name]}, now it is {value}: restore what it "
@@ -170,7 +185,15 @@ class StreamLoader:
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """One epoch."""
         self.stream.set_epoch(self.epoch)
-        items = iter(DataLoader(self.stream, batch_size=None, num_workers=self.num_workers, collate_fn=_as_it_is))
+        items = iter(
+            DataLoader(
+                self.stream,
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_outlive_sigterm,
+            )
+        )
         report = self.stream.new_report()
         waiting, finished = {bucket: [] for bucket in self._buckets}, False
         while True:

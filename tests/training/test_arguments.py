@@ -1,12 +1,21 @@
-"""Checks of what users pass to the scripts."""
+"""Options of the scripts: files, command line, and what is said about mistakes."""
 
+import logging
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
 from diffusers import AutoencoderKL
+from diffusers.utils import logging as diffusers_logging
 
 from diffusers_moviegen import AutoencoderKLMovieGen
-from diffusers_moviegen.training import check_model_folder, check_positive
+from diffusers_moviegen.training import (
+    TrainingStopped,
+    check_model_folder,
+    check_positive,
+    parse_arguments,
+    run_script,
+)
 from tests.tiny import tiny_vae
 
 
@@ -25,3 +34,112 @@ def test_model_folders_are_of_the_class_asked_for(tmp_path):
             check_model_folder("vae", str(tmp_path / folder), AutoencoderKLMovieGen)
     with pytest.raises(OSError, match="--vae: '.*vae' holds a AutoencoderKLMovieGen; .* of a AutoencoderKL\\."):
         check_model_folder("vae", str(tmp_path / "run" / "vae"), AutoencoderKL)
+
+
+@dataclass
+class Arguments:
+    output_dir: str
+    learning_rate: float = 1e-3
+    num_frames: int = 16
+    max_grid_size: list[int] = field(default_factory=lambda: [1, 2, 2])
+    schedule: str = field(default="cosine", metadata={"choices": ["cosine", "constant"]})
+    private: bool = False
+    vary: bool = True
+    prompt: str | None = None
+
+    def __post_init__(self):
+        check_positive(self, ("num_frames",))
+
+
+def write_config(folder, text):
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_file_sets_options_and_the_command_line_overrules_it(tmp_path):
+    config = write_config(
+        tmp_path,
+        "output_dir: runs/a\nlearning_rate: 3e-4\nnum_frames: 8\nmax_grid_size: [4, 6, 6]\nprivate: true\n"
+        "vary: false\nprompt: -1 is a number\nschedule: null\n",
+    )
+    expected = Arguments("runs/a", 3e-4, 8, [4, 6, 6], "cosine", True, False, "-1 is a number")
+    assert parse_arguments(Arguments, ["--config", config]) == expected
+    args = parse_arguments(
+        Arguments, ["--num_frames", "9", "--config", config, "--max_grid_size", "1", "1", "1", "--private", "false"]
+    )
+    assert args == Arguments("runs/a", 3e-4, 9, [1, 1, 1], "cosine", False, False, "-1 is a number")
+    assert parse_arguments(Arguments, ["--output_dir", "b"]) == Arguments("b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1\n", "run.yaml' has the option 'learning_rat', which this script does not"),
+        ("config: other.yaml\n", "has the option 'config'"),
+        ("- output_dir\n", "must hold lines of the form"),
+        ("", "must hold lines of the form"),
+        ("a: [\n", "is not valid YAML"),
+        ("max_grid_size: [[1, 2]]\n", "gives 'max_grid_size' something nested"),
+        ("prompt: {a: b}\n", "gives 'prompt' something nested"),
+        ("output_dir: a\nnum_frames: 0\n", "--num_frames is 0"),
+    ],
+)
+def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, text, message):
+    with pytest.raises(SystemExit) as stop:
+        run_script(print, Arguments, ["--config", write_config(tmp_path, text)])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert message in output.err and output.err.count("\n") == 1 and output.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--output_dir", "a", "--unknown", "1"],
+        ["--output_dir", "a", "--num_frame", "1"],
+        ["--output_dir", "a", "--num_frames", "many"],
+        ["--output_dir", "a", "--schedule", "linear"],
+    ],
+)
+def test_wrong_options_exit_with_code_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(print, Arguments, argv)
+    assert stop.value.code == 2 and capsys.readouterr().out == ""
+
+
+def test_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(print, Arguments, ["--config", str(tmp_path / "no.yaml")])
+    assert stop.value.code == 2 and "there is no file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(ValueError, 2), (FileNotFoundError, 2), (TrainingStopped, 1)])
+def test_errors_of_a_run_are_one_line(error, code, capsys, caplog):
+    def main(args):
+        raise error(f"cannot go on\nin {args.output_dir}")
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, Arguments, ["--output_dir", "a"])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == "error: cannot go on in a\n"
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.DEBUG)
+    diffusers_logging.enable_propagation()
+    try:
+        with pytest.raises(SystemExit), caplog.at_level(logging.DEBUG):
+            run_script(main, Arguments, ["--output_dir", "a"])
+    finally:
+        diffusers_logging.disable_propagation()
+        diffusers_logging.set_verbosity(verbosity)
+    assert "in main" in caplog.text
+
+
+def test_defects_keep_their_traceback():
+    def main(args):
+        raise KeyError("defect")
+
+    with pytest.raises(KeyError):
+        run_script(main, Arguments, ["--output_dir", "a"])

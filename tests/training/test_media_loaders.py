@@ -117,6 +117,10 @@ def test_a_position_of_other_data_is_refused(folder):
         loader_of(folder, seed=3, images_to_videos=(1, 3)).load_state_dict(state)
     loader_of(folder, seed=3).load_state_dict(state)
     lines = (folder / "metadata.jsonl").read_text().splitlines(keepends=True)
+    # As many samples of each bucket as before, but other ones at the same places.
+    (folder / "metadata.jsonl").write_text("".join(reversed(lines)))
+    with pytest.raises(ValueError, match="saved with samples of the digest [0-9a-f]{16}, now it is [0-9a-f]{16}:"):
+        loader_of(folder, seed=3).load_state_dict(state)
     (folder / "metadata.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(ValueError, match="samples by bucket .*'8x32x48': 6}, now it is .*'8x32x48': 5}"):
         loader_of(folder, seed=3).load_state_dict(state)

@@ -9,8 +9,10 @@ from types import ModuleType
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import attention_backend
 from torch import Tensor
-from transformers import HfArgumentParser
+
+from diffusers_moviegen.training import parse_arguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -34,9 +36,13 @@ def command_line(arguments: dict) -> list[str]:
 
 
 def run(script: ModuleType, **arguments) -> None:
-    """Parses the command line and runs `main`, with a fresh Accelerator state."""
+    """Parses the command line and runs `main`, with a fresh Accelerator state.
+
+    The attention backend that a script sets is left to nobody, also where a fixture of a whole module runs it.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
-    script.main(HfArgumentParser(script.Arguments).parse_args_into_dataclasses(command_line(arguments))[0])
+    with attention_backend("native"):
+        script.main(parse_arguments(script.Arguments, command_line(arguments)))
 
 
 def run_and_record_losses(script: ModuleType, monkeypatch, stop_after: int | None = None, **arguments) -> list[float]:

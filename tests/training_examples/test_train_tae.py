@@ -1,17 +1,32 @@
-"""Short runs of the script that trains the temporal autoencoder: both stages, resume, data, errors."""
+"""Short runs of the script that trains the temporal autoencoder: stages, losses, data, resume, pushing, errors."""
 
+import io
+import itertools
 import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import tarfile
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
+from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_moviegen import AutoencoderKLMovieGen
-from diffusers_moviegen.toybox.scenes import sample_tuples
-from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, COLOURS, is_held_out
+from diffusers_moviegen.toybox import pixels
+from diffusers_moviegen.toybox.vocabulary import is_held_out
+from tests.hub_server import WRITE_TOKEN, HubServer
+from tests.training.films import write_film
 from tests.training_examples.scripts import (
+    EXAMPLES,
     load_script,
     run,
     run_and_record_losses,
@@ -19,16 +34,22 @@ from tests.training_examples.scripts import (
 )
 
 
-SMALL = {
-    "block_out_channels": [4, 4, 8, 8],
-    "norm_num_groups": 4,
-    "height": 32,
-    "width": 40,
-    "num_frames": 9,
+MODEL = {"block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+
+SIZES = {
+    "resolution": 36,
+    "aspect_ratios": 1.25,
+    "lengths": 9,
+    "frame_rate": 8,
     "image_batch_size": 4,
     "video_batch_size": 2,
     "lr_warmup_steps": 2,
+    "statistics_batches": 2,
 }
+
+SMALL = {"toybox": True, **MODEL, **SIZES}
+
+ADVERSARY = {"adversarial_weight": 0.5, "adversarial_start": 2, "discriminator_channels": 4}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +66,10 @@ def image_run(script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video_run(script, image_run, tmp_path_factory):
-    """The folder of a run over clips, and all scenes drawn in it as (drawn by validate, scenes, number of frames)."""
+    """The folder of a run with all losses, and all scenes drawn in it: (drawn by validate, scenes, their frames)."""
     folder, drawn, validating = tmp_path_factory.mktemp("tae"), [], []
     with pytest.MonkeyPatch.context() as patch:
-        render, validate = script.render, script.validate
+        render, validate = pixels.render, script.validate
 
         def record_render(scenes, num_frames, *args):
             drawn.append((bool(validating), scenes, num_frames))
@@ -60,7 +81,7 @@ def video_run(script, image_run, tmp_path_factory):
             validating.clear()
             return figures
 
-        patch.setattr(script, "render", record_render)
+        patch.setattr(pixels, "render", record_render)
         patch.setattr(script, "validate", record_validate)
         run(
             script,
@@ -70,11 +91,44 @@ def video_run(script, image_run, tmp_path_factory):
             max_train_steps=12,
             validation_steps=6,
             checkpointing_steps=4,
+            mse_weight=4,
+            chroma_weight=8,
+            colour_weight=1,
             outlier_weight=0.1,
             mixed_precision="bf16",
-            **SMALL,
+            report_to="tensorboard",
+            **ADVERSARY,
+            **SMALL | {"statistics_batches": 8},
         )
     return folder, drawn
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A table of four films and four pictures, no two alike, and one file that is neither."""
+    folder = tmp_path_factory.mktemp("clips")
+    generator = np.random.default_rng(0)
+    rows = ["file_name,caption"]
+    for index in range(4):
+        ground = generator.integers(0, 200, 3)
+        frames = [np.full((48, 64, 3), ground + 4 * frame, dtype=np.uint8) for frame in range(14)]
+        write_film(folder / f"film_{index}.mp4", frames, rate=8)
+        Image.fromarray(generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"picture_{index}.png")
+        rows += [f"film_{index}.mp4,a film", f"picture_{index}.png,a picture"]
+    (folder / "notes.mp4").write_text("no film")
+    (folder / "metadata.csv").write_text("\n".join([*rows, "notes.mp4,none"]) + "\n")
+    return folder
+
+
+def printed(capsys) -> list[dict]:
+    return [json.loads(line) for line in re.findall(r"^{.*}$", capsys.readouterr().out, re.M)]
+
+
+def same_weights(first, second) -> None:
+    torch.testing.assert_close(load_file(first), load_file(second), atol=1e-6, rtol=0)
+
+
+# --- Stages -----------------------------------------------------------------------------------------------------
 
 
 def test_image_stage_writes_an_image_autoencoder(image_run):
@@ -88,16 +142,40 @@ def test_video_stage_writes_a_model_with_the_statistics_of_its_latents(script, v
     model = AutoencoderKLMovieGen.from_pretrained(video_run[0] / "vae")
     mean, std = torch.tensor(model.config.latents_mean), torch.tensor(model.config.latents_std)
     assert mean.shape == std.shape == (16,)
-    # Fresh draws of the world, in the script's mixture of two batches of clips to one of pictures.
-    args = script.Arguments(output_dir="", **SMALL)
+    # Fresh draws of the world, in the script's mixture of three batches of clips to one of pictures.
     latents = []
-    for seed in range(30):
-        video = script.draw_pixels(args, seed % 3 == 0, seed, "cpu")
+    for seed in range(32):
+        count, num_frames = (2, 9) if seed % 4 else (4, 1)
+        generator = torch.Generator().manual_seed(seed)
+        video = pixels.draw_pixels(count, num_frames, 32, 40, 8, generator, "cpu")
         with torch.no_grad():
-            latents.append(model.encode(video).latent_dist.sample().transpose(0, 1).flatten(1))
+            sample = model.encode(video.float() / 127.5 - 1).latent_dist.sample(generator)
+        latents.append(sample.transpose(0, 1).flatten(1))
     fresh_std, fresh_mean = torch.std_mean(torch.cat(latents, dim=1), dim=1)
-    torch.testing.assert_close(fresh_std, std, rtol=0.2, atol=0)
-    assert ((fresh_mean - mean).abs() < 0.25 * std).all()
+    torch.testing.assert_close(fresh_std, std, rtol=0.25, atol=0)
+    assert ((fresh_mean - mean).abs() < 0.35 * std).all()
+
+
+def test_statistics_are_those_of_draws_from_the_posteriors(script):
+    """Against all the draws laid side by side, from batches of different sizes and shapes."""
+    model = AutoencoderKLMovieGen(latent_channels=3, **MODEL).eval()
+    with torch.no_grad():
+        model.quant_conv.weight *= 5
+    generator = torch.Generator().manual_seed(0)
+    videos = [
+        torch.randint(256, (count, 3, frames, 32, 40), generator=generator) for count, frames in [(2, 9), (3, 1)]
+    ]
+    batches = ({"video": video} for video in itertools.cycle(videos))
+    mean, std = script.measure_latents(model, batches, 2, script.Accelerator())
+    draws = []
+    with torch.no_grad():
+        for video in videos:
+            posterior = model.encode(video.float() / 127.5 - 1).latent_dist
+            for _ in range(400):
+                draws.append(posterior.sample(generator).transpose(0, 1).flatten(1))
+    expected_std, expected_mean = torch.std_mean(torch.cat(draws, dim=1), dim=1)
+    assert std == pytest.approx(expected_std.tolist(), rel=0.02)
+    assert mean == pytest.approx(expected_mean.tolist(), abs=0.02 * max(std))
 
 
 def test_video_stage_writes_sheets_and_checkpoints(video_run):
@@ -109,14 +187,33 @@ def test_video_stage_writes_sheets_and_checkpoints(video_run):
         sheet = np.asarray(Image.open(folder / "samples" / f"step_000012_{kind}.png"))
         assert sheet.shape == (16 * 32, columns * 40, 3)
     assert {path.name for path in folder.glob("*checkpoint*")} == {"checkpoint-8", "checkpoint-12"}
+    assert not (folder / "partial-vae").exists()
+
+
+def test_trackers_get_every_loss(video_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(video_run[0] / "logs" / "train_tae")).Reload()
+    tags = events.Tags()["scalars"]
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in tags}
+    for name in ("loss", "l1", "perceptual", "mse", "chroma", "kl", "outlier", "colour", "learning_rate"):
+        assert steps[name] == list(range(1, 13)), name
+    assert steps["adversarial"] == steps["discriminator"] == list(range(3, 13))
+    for name in ("psnr_images", "psnr_clips", "ssim_images", "ssim_clips"):
+        assert steps[name] == [6, 12]
+    parts = sum(
+        events.Scalars(name)[-1].value for name in set(tags) & {*"l1 mse chroma kl outlier colour perceptual".split()}
+    )
+    parts += events.Scalars("adversarial")[-1].value + events.Scalars("discriminator")[-1].value
+    assert events.Scalars("loss")[-1].value == pytest.approx(parts, rel=1e-4)
 
 
 def test_held_out_scenes_are_for_validation_only(video_run):
     training, validation = [], []
     for in_validation, scenes, _ in video_run[1]:
         (validation if in_validation else training).extend(scenes.tuples(i) for i in range(len(scenes)))
-    # 12 steps and 48 batches for the statistics of the latents; 8 batches of each kind in two validations.
-    assert len(training) == (12 + 48) * 2 and len(validation) == 2 * (8 + 8) * 2
+    # 12 steps and 8 batches for the statistics of the latents; 8 batches of each kind in two validations.
+    assert len(training) == (12 + 8) * 2 and len(validation) == 2 * (8 + 8) * 2
     assert not any(is_held_out(*words) for objects in training for words in objects)
     assert all(is_held_out(*words) for (words,) in validation)
     assert max(len(objects) for objects in training) > 1
@@ -141,7 +238,7 @@ def test_clips_start_from_the_inflated_image_model(script, image_run, tmp_path):
     )
     image_model = AutoencoderKL.from_pretrained(image_run / "vae")
     model = AutoencoderKLMovieGen.from_pretrained(tmp_path / "vae")
-    pictures = script.draw_pixels(script.Arguments(output_dir="", **SMALL), True, 0, "cpu")
+    pictures = torch.rand(4, 3, 1, 32, 40) * 2 - 1
     with torch.no_grad():
         latents = model.encode(pictures).latent_dist.mode()
         expected = image_model.encode(pictures[:, :, 0]).latent_dist.mode()
@@ -153,7 +250,16 @@ def test_clips_start_from_the_inflated_image_model(script, image_run, tmp_path):
 def test_decoder_stage_keeps_the_latents(script, video_run, tmp_path):
     """A backbone trained on the old latents goes on with the new decoder."""
     start = video_run[0] / "vae"
-    run(script, stage="decoder", autoencoder=start, output_dir=tmp_path, max_train_steps=2, **SMALL)
+    run(
+        script,
+        stage="decoder",
+        autoencoder=start,
+        output_dir=tmp_path,
+        max_train_steps=4,
+        gradient_checkpointing=True,
+        **ADVERSARY,
+        **SMALL,
+    )
     before, after = (AutoencoderKLMovieGen.from_pretrained(folder) for folder in (start, tmp_path / "vae"))
     assert after.config.latents_mean == before.config.latents_mean
     assert after.config.latents_std == before.config.latents_std
@@ -164,50 +270,402 @@ def test_decoder_stage_keeps_the_latents(script, video_run, tmp_path):
     assert str(start) not in (tmp_path / "vae" / "config.json").read_text()
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, tmp_path, monkeypatch):
+# --- Steps ------------------------------------------------------------------------------------------------------
+
+
+def test_the_adversary_starts_late_and_changes_the_autoencoder(script, image_run, tmp_path, monkeypatch):
     arguments = {
+        **SMALL,
+        "stage": "video",
+        "image_autoencoder": image_run / "vae",
+        "max_train_steps": 4,
+        "ema_decay": 0,
+        "lr_warmup_steps": 0,
+    }
+    without = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "without", **arguments)
+    with_it = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "with", **arguments, **ADVERSARY)
+    # Two steps alone, then each has a loss of the adversary behind its own.
+    assert (len(without), len(with_it)) == (4, 6)
+    assert with_it[:2] == without[:2]
+    weights = [
+        load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("without", "with")
+    ]
+    assert any(not torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+def test_the_weight_of_the_adversary_is_fixed_or_adaptive(script, image_run, tmp_path, monkeypatch):
+    """Its pull at the last layer is the weight times that of the reconstruction, or what the weight says."""
+    terms = []
+    total = torch.Tensor.backward
+
+    def record(self, *args, **kwargs):
+        terms.append(self.item())
+        total(self, *args, **kwargs)
+
+    ratios = []
+    measured = script.adaptive_weight
+    monkeypatch.setattr(
+        script, "adaptive_weight", lambda *args: ratios.append(measured(*args).item()) or torch.tensor(ratios[-1])
+    )
+    monkeypatch.setattr(torch.Tensor, "backward", record)
+    arguments = {**SMALL, "stage": "image", "max_train_steps": 1, "adversarial_start": 0, "discriminator_channels": 4}
+    for name, options in {
+        "alone": {"adversarial_start": 10, "adversarial_weight": 0},
+        "one": {"adversarial_weight": 1, "adaptive_adversarial_weight": False},
+        "three": {"adversarial_weight": 3, "adaptive_adversarial_weight": False},
+        "adaptive": {"adversarial_weight": 3},
+    }.items():
+        run(script, output_dir=tmp_path / name, **(arguments | options))
+    alone, one, _, three, _, adaptive, _ = terms
+    assert abs(one - alone) > 1e-4 and len(ratios) == 1
+    assert three - alone == pytest.approx(3 * (one - alone), rel=1e-3)
+    assert adaptive - alone == pytest.approx(3 * ratios[0] * (one - alone), rel=1e-3)
+
+
+def test_accumulated_batches_are_one_step(script, image_run, tmp_path, monkeypatch):
+    """Two halves of a step that are alike give the step of one of them."""
+    generator = script.step_generator
+    monkeypatch.setattr(script, "step_generator", lambda seed, number, *args, **kwargs: generator(seed, 0))
+    arguments = {
+        **SMALL,
+        **ADVERSARY,
+        "stage": "video",
+        "image_autoencoder": image_run / "vae",
+        "images_to_videos": [0, 1],
+        "max_train_steps": 4,
+    }
+    for count in (1, 2):
+        run(script, output_dir=tmp_path / str(count), gradient_accumulation_steps=count, **arguments)
+    for name in ("model.safetensors", "model_1.safetensors"):
+        weights = [load_file(tmp_path / str(count) / "checkpoint-4" / name) for count in (1, 2)]
+        # Estimates of spectral norms go on with every pass.
+        weights = [{key: value for key, value in part.items() if "parametrizations" not in key} for part in weights]
+        torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(script, image_run, tmp_path, monkeypatch, capsys):
+    calls = itertools.count()
+    monkeypatch.setattr(
+        script, "outlier_penalty", lambda latents: latents.square().mean() * (math.nan if next(calls) == 2 else 1)
+    )
+    run(
+        script,
+        output_dir=tmp_path,
+        stage="video",
+        image_autoencoder=image_run / "vae",
+        max_train_steps=4,
+        outlier_weight=1,
+        **ADVERSARY,
+        **SMALL,
+    )
+    assert printed(capsys)[-1]["skipped_steps"] == 1
+    for file in (tmp_path / "checkpoint-4").glob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(file).values()), file
+
+
+@pytest.mark.parametrize("source", ["toybox", "media"])
+def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_path, monkeypatch, source):
+    arguments = {
+        **SMALL,
+        **ADVERSARY,
         "stage": "video",
         "image_autoencoder": image_run / "vae",
         "max_train_steps": 8,
-        "validation_steps": 4,
         "checkpointing_steps": 3,
-        **SMALL,
     }
+    if source == "media":
+        arguments |= {
+            "toybox": False,
+            "data": clips,
+            "validation_data": clips,
+            "num_workers": 0,
+            "video_batch_size": 1,
+        }
     losses = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "whole", **arguments)
-    before = run_and_record_losses(script, monkeypatch, 5, output_dir=tmp_path / "parts", **arguments)
+    # Two losses a step from the third on: killed between those of the sixth.
+    before = run_and_record_losses(script, monkeypatch, 9, output_dir=tmp_path / "parts", **arguments)
     assert not (tmp_path / "parts" / "vae").exists()
     arguments["resume_from_checkpoint"] = "latest"
     after = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "parts", **arguments)
-    assert (len(losses), len(before), len(after)) == (8, 5, 5)
-    assert before == pytest.approx(losses[:5], abs=1e-6) and after == pytest.approx(losses[3:], abs=1e-6)
+    assert (len(losses), len(before), len(after)) == (14, 9, 10)
+    assert before == pytest.approx(losses[:9], abs=1e-6) and after == pytest.approx(losses[4:], abs=1e-6)
+    assert len({round(loss, 6) for loss in losses}) == 14
 
+    for file in ("vae/diffusion_pytorch_model.safetensors", "checkpoint-8/model_1.safetensors"):
+        same_weights(tmp_path / "whole" / file, tmp_path / "parts" / file)
     whole, parts = (AutoencoderKLMovieGen.from_pretrained(tmp_path / name / "vae") for name in ("whole", "parts"))
-    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), atol=1e-6, rtol=0)
     assert parts.config.latents_mean == pytest.approx(whole.config.latents_mean, abs=1e-6)
     assert parts.config.latents_std == pytest.approx(whole.config.latents_std, abs=1e-6)
 
     # A finished run has nothing left to do, and its result stays what it was.
     assert run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "parts", **arguments) == []
-    again = AutoencoderKLMovieGen.from_pretrained(tmp_path / "parts" / "vae")
-    torch.testing.assert_close(again.state_dict(), whole.state_dict(), atol=1e-6, rtol=0)
+    file = "vae/diffusion_pytorch_model.safetensors"
+    same_weights(tmp_path / "whole" / file, tmp_path / "parts" / file)
 
 
-def test_batches_depend_on_the_seed_alone(script):
-    args = script.Arguments(output_dir="", **SMALL)
-    for images, shape in ((True, (4, 3, 1, 32, 40)), (False, (2, 3, 9, 32, 40))):
-        video = script.draw_pixels(args, images, 7, "cpu")
-        assert video.shape == shape and video.dtype == torch.float32
-        assert video.min() >= -1 and video.max() <= 1 and video.max() - video.min() > 0.2
-        torch.manual_seed(123)
-        assert torch.equal(video, script.draw_pixels(args, images, 7, "cpu"))
-        assert not torch.equal(video, script.draw_pixels(args, images, 8, "cpu"))
+def test_sigterm_saves_and_ends_the_run(script, image_run, tmp_path, monkeypatch):
+    calls = itertools.count()
+    penalty = script.outlier_penalty
+
+    def stop_in_third_step(latents):
+        if next(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return penalty(latents)
+
+    monkeypatch.setattr(script, "outlier_penalty", stop_in_third_step)
+    arguments = SMALL | {"stage": "video", "image_autoencoder": image_run / "vae", "outlier_weight": 1}
+    arguments |= {"output_dir": tmp_path, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    run(script, **arguments)
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    assert not (tmp_path / "vae").exists()
+    run(script, **arguments)
+    assert next(calls) == 4 and (tmp_path / "vae").is_dir()
 
 
-def test_trains_without_av_and_datasets(tmp_path):
-    run_without_av_and_datasets(
-        "train_tae", tmp_path, stage="image", output_dir=tmp_path / "run", max_train_steps=1, **SMALL
+def test_a_result_that_does_not_fit_the_disk_is_left_out(script, image_run, tmp_path, monkeypatch):
+    """No part of it stays behind; the run is resumed when there is room."""
+    save = AutoencoderKLMovieGen.save_pretrained
+
+    def save_with_little_room(self, folder):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+        try:
+            save(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    arguments = SMALL | {"stage": "video", "image_autoencoder": image_run / "vae", "max_train_steps": 1}
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(script.TrainingStopped, match="cannot be written to .* Make room"),
+    ):
+        patch.setattr(AutoencoderKLMovieGen, "save_pretrained", save_with_little_room)
+        run(script, output_dir=tmp_path, **arguments)
+    assert not list(tmp_path.glob("*vae*"))
+    run(script, output_dir=tmp_path, resume_from_checkpoint="latest", **arguments)
+    AutoencoderKLMovieGen.from_pretrained(tmp_path / "vae")
+
+
+def test_learned_perceptual_features_come_from_a_file(script, tmp_path, monkeypatch):
+    """One step with the features of a file: the loss is the formula's with them."""
+    torch.manual_seed(0)
+    tensors, in_channels, place = {}, 3, 0
+    for level, block in enumerate(script.LearnedPerceptualLoss.blocks):
+        for channels in block:
+            tensors[f"features.{place}.weight"] = (
+                torch.randn(channels, in_channels, 3, 3) * (2 / in_channels / 9) ** 0.5
+            )
+            tensors[f"features.{place}.bias"] = torch.zeros(channels)
+            place, in_channels = place + 2, channels
+        place += 1
+        tensors[f"lin{level}.model.1.weight"] = torch.rand(1, in_channels, 1, 1) / in_channels
+    save_file({name: value.half() for name, value in tensors.items()}, tmp_path / "vgg16.safetensors")
+    losses = {}
+    for weight in (0.5, 1):
+        losses[weight] = run_and_record_losses(
+            script,
+            monkeypatch,
+            output_dir=tmp_path / str(weight),
+            stage="image",
+            max_train_steps=1,
+            perceptual_features=tmp_path / "vgg16.safetensors",
+            perceptual_weight=weight,
+            **SMALL,
+        )[0]
+    (without,) = run_and_record_losses(
+        script,
+        monkeypatch,
+        output_dir=tmp_path / "0",
+        stage="image",
+        max_train_steps=1,
+        perceptual_weight=0,
+        **SMALL,
     )
-    AutoencoderKL.from_pretrained(tmp_path / "run" / "vae")
+    assert losses[1] - without > 1e-3
+    assert losses[1] - without == pytest.approx(2 * (losses[0.5] - without), rel=1e-3)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------
+
+
+def record_batches(script, monkeypatch) -> list:
+    """What `pixels` is given in a run: the batches trained on, validated on and measured."""
+    videos = []
+    original = script.pixels
+    monkeypatch.setattr(script, "pixels", lambda video, device: videos.append(video) or original(video, device))
+    return videos
+
+
+def test_films_and_pictures_of_a_table(script, image_run, clips, tmp_path, monkeypatch, capsys):
+    videos = record_batches(script, monkeypatch)
+    run(
+        script,
+        output_dir=tmp_path,
+        stage="video",
+        image_autoencoder=image_run / "vae",
+        data=clips,
+        exclude=["film_0*", "picture_0*"],
+        validation_data=clips,
+        num_workers=0,
+        max_train_steps=4,
+        **SIZES | {"image_batch_size": 3, "video_batch_size": 2, "images_to_videos": [1, 1]},
+    )
+    training, validation, statistics = videos[:4], videos[4:12], videos[12:]
+    assert [tuple(video.shape) for video in training] == [(3, 3, 1, 32, 40), (2, 3, 9, 32, 40)] * 2
+    assert len(validation) == 8 and len(statistics) == 2
+    # An epoch of each kind has every sample once, and none of those left out.
+    left_out = script.MediaDataset(clips, 8, script.Buckets(36, (1.25,), (9,), 8))
+    left_out = [left_out.read(index)["video"] for index in range(2)]
+    for video in [*training, *statistics]:
+        for clip in video:
+            for other in left_out:
+                assert clip.shape != other.shape or (clip.float() - other.float()).abs().max() > 10
+    line = printed(capsys)[-1]
+    assert {"psnr_images", "ssim_images", "psnr_clips", "ssim_clips", "loss", "seconds"} <= line.keys()
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["latents_std"]
+
+
+def test_figures_are_those_of_the_result(script, image_run, clips, tmp_path, capsys):
+    """PSNR and SSIM of the printed line, computed again with NumPy from what was written."""
+    run(
+        script,
+        output_dir=tmp_path,
+        stage="video",
+        image_autoencoder=image_run / "vae",
+        data=clips,
+        validation_data=clips,
+        num_workers=0,
+        max_train_steps=2,
+        **SIZES,
+    )
+    line = printed(capsys)[-1]
+    model = AutoencoderKLMovieGen.from_pretrained(tmp_path / "vae")
+    dataset = script.MediaDataset(clips, 8, script.Buckets(36, (1.25,), (9,), 8))
+    ratios = {True: [], False: []}
+    for index in range(len(dataset)):
+        video = dataset.read(index, 0.5)["video"][None]
+        with torch.no_grad():
+            latents = model.encode(video.float() / 127.5 - 1).latent_dist.mode()
+            decoded = model.decode(latents, num_frames=video.shape[2]).sample
+        levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().double().numpy()
+        error = ((levels - video.numpy()) ** 2).mean()
+        ratios[video.shape[2] == 1].append(10 * np.log10(255**2 / error))
+    assert line["psnr_images"] == pytest.approx(np.mean(ratios[True]), abs=0.02)
+    assert line["psnr_clips"] == pytest.approx(np.mean(ratios[False]), abs=0.02)
+    assert -1 <= line["ssim_images"] < 1 and -1 <= line["ssim_clips"] < 1
+
+
+def test_the_image_stage_takes_frames_of_films(script, clips, tmp_path, monkeypatch):
+    videos = record_batches(script, monkeypatch)
+    options = SIZES | {"image_batch_size": 8} | MODEL
+    run(script, output_dir=tmp_path, stage="image", data=clips, num_workers=0, max_train_steps=2, **options)
+    assert [tuple(video.shape) for video in videos] == [(8, 3, 1, 32, 40)] * 2
+    AutoencoderKL.from_pretrained(tmp_path / "vae")
+
+
+def test_shards_are_streamed(script, image_run, clips, tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for index in range(4):
+            film = (clips / f"film_{index}.mp4").read_bytes()
+            for name, content in ((f"{index}.mp4", film), (f"{index}.txt", b"a film")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    videos = record_batches(script, monkeypatch)
+    run(
+        script,
+        output_dir=tmp_path / "run",
+        stage="video",
+        image_autoencoder=image_run / "vae",
+        data=tmp_path / "*.tar",
+        num_workers=0,
+        max_train_steps=3,
+        **SIZES | {"statistics_batches": 1},
+    )
+    assert [tuple(video.shape) for video in videos] == [(2, 3, 9, 32, 40)] * 4
+    AutoencoderKLMovieGen.from_pretrained(tmp_path / "run" / "vae")
+
+
+def test_a_damaged_validation_film_is_left_out(script, clips, tmp_path, caplog):
+    """Its figures go on without it, whatever happens to a file after the start."""
+    shutil.copytree(clips, tmp_path / "clips")
+    dataset = script.MediaDataset(tmp_path / "clips", 8, script.Buckets(36, (1.25,), (9,), 8))
+    (tmp_path / "clips" / "film_1.mp4").unlink()
+    args = script.Arguments(output_dir="", data="clips", lengths=[9])
+    batches = list(script.validation_batches(args, None, dataset, script.Accelerator()))
+    assert [kind for kind, _ in batches] == ["clips", "images", "images", "clips", "images", "clips", "images"]
+
+
+def test_trains_on_two_processes_without_av_and_datasets(image_run, tmp_path):
+    run_without_av_and_datasets(
+        "train_tae",
+        tmp_path,
+        num_processes=2,
+        stage="video",
+        image_autoencoder=image_run / "vae",
+        output_dir=tmp_path / "run",
+        max_train_steps=4,
+        **ADVERSARY,
+        **SMALL,
+    )
+    AutoencoderKLMovieGen.from_pretrained(tmp_path / "run" / "vae")
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (EXAMPLES / "configs").glob("*tae*.yaml")))
+def test_shipped_configurations_run(script, image_run, video_run, clips, tmp_path, config):
+    path = EXAMPLES / "configs" / config
+    small = SIZES | MODEL | {"config": path, "max_train_steps": 2, "num_workers": 0, "discriminator_channels": 4}
+    if "toybox" not in config:
+        small |= {"data": clips, "validation_data": clips}
+    if "adversarial" in path.read_text():
+        small["adversarial_start"] = 1
+    if "stage: decoder" in path.read_text():
+        small["autoencoder"] = video_run[0] / "vae"
+    if "stage: video" in path.read_text():
+        small["image_autoencoder"] = image_run / "vae"
+    run(script, output_dir=tmp_path, **small)
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").is_file()
+    arguments = json.loads((tmp_path / "arguments.json").read_text())
+    assert arguments["toybox"] == ("toybox" in config)
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips, tmp_path, monkeypatch, capsys):
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "home", WRITE_TOKEN)
+        shutil.copytree(image_run / "vae", tmp_path / "pipeline" / "vae")
+        hub.add_folder("user/pictures", tmp_path / "pipeline")
+        arguments = SIZES | {"stage": "video", "data": clips, "validation_data": clips, "num_workers": 0}
+        arguments |= {"max_train_steps": 2, "push_to_hub": True, "hub_model_id": "films"}
+        run(script, output_dir=tmp_path / "run", image_autoencoder="user/pictures/vae", **arguments)
+        output = capsys.readouterr().out
+        assert output.splitlines()[-1] == f"{hub.url}/user/films"
+        figures = json.loads(re.search(r"^{.*}$", output, re.M)[0])
+        card = ModelCard((tmp_path / "run" / "vae" / "README.md").read_text())
+        for name in ("loss", "psnr_images", "psnr_clips", "ssim_images", "ssim_clips"):
+            assert f"| {name} | {figures[name]:.4g} |" in card.text
+        assert "`clips0`: 4 images and 4 videos." in card.text and str(tmp_path.parent) not in card.text
+        assert card.data.base_model == "user/pictures"
+        snippet = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+        exec(snippet, {})
+        assert capsys.readouterr().out == "torch.Size([1, 16, 2, 8, 8]) torch.Size([1, 3, 16, 64, 64])\n"
+
+        with pytest.raises(
+            OSError, match="--image_autoencoder: 'user/films' holds a AutoencoderKLMovieGen; pass a Auto"
+        ):
+            run(script, output_dir=tmp_path / "other", image_autoencoder="user/films", **arguments)
+        with pytest.raises(
+            OSError, match="--image_autoencoder: 'user/none' is no folder here, and no model of the Hub"
+        ):
+            run(script, output_dir=tmp_path / "other", image_autoencoder="user/none", **arguments)
+    assert not (tmp_path / "other").exists()
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,43 +673,59 @@ def test_trains_without_av_and_datasets(tmp_path):
     [
         ({"stage": "image", "image_autoencoder": "vae"}, "--image_autoencoder is for --stage video"),
         ({"stage": "decoder"}, "--stage decoder goes on from --autoencoder"),
-        ({"stage": "video", "image_autoencoder": "a", "autoencoder": "b"}, "both given; start from one of them"),
+        ({"image_autoencoder": "a", "autoencoder": "b"}, "both given; start from one of them"),
         ({"image_batch_size": 3}, "--image_batch_size is 3: use a multiple of 2"),
         ({"validation_steps": 0}, "--validation_steps is 0: it must be at least 1"),
-        ({"height": 36}, "--height 36 and --width 40 must be multiples of 8"),
-        ({"stage": "video", "image_autoencoder": "missing"}, "--image_autoencoder: 'missing' has no config.json"),
+        ({"toybox": False}, "pass either --data, what to train on, or --toybox"),
+        ({"data": "clips"}, "pass either --data, what to train on, or --toybox"),
+        ({"validation_data": "clips"}, "--validation_data and --exclude are for --data"),
+        ({"exclude": ["a*"]}, "--validation_data and --exclude are for --data"),
+        ({"lengths": 1}, r"--lengths \[1\]: a clip has 2 frames or more"),
+        ({"lengths": [8, 9]}, "--toybox draws one size and length"),
+        ({"aspect_ratios": [1, 1.5]}, "--toybox draws one size and length"),
+        ({"images_to_videos": [1]}, r"--images_to_videos \[1\]: pass two numbers of steps"),
+        ({"images_to_videos": [1, 0]}, r"--images_to_videos \[1, 0\]: --stage video needs steps of clips"),
+        ({"resolution": 4}, "--resolution, --aspect_ratios, --lengths: `resolution` must be at least"),
+        ({"kl_weight": -1}, "--kl_weight is -1.0: it must be 0 or more"),
+        ({"perceptual_features": "missing"}, "--perceptual_features: 'missing' cannot be read as a safetensors file"),
+        ({"perceptual_features": "a", "perceptual_weight": 0}, "--perceptual_features does nothing"),
+        ({"adversarial_weight": 1, "adversarial_start": 9}, "--adversarial_start 9 is after the last step"),
+        (
+            {"adversarial_weight": 1, "adversarial_start": 0, "mixed_precision": "fp16"},
+            "--mixed_precision fp16 has one loss scale",
+        ),
+        ({"ema_decay": 1.5}, "--ema_decay is 1.5"),
+        ({"report_to": "paper"}, "--report_to: 'paper' is not installed, or no tracker"),
+        ({"push_to_hub": True}, "--push_to_hub: pass the repository to push to"),
+        ({"hub_model_id": "user/name"}, "--hub_model_id and --hub_private do nothing without --push_to_hub"),
+        ({"image_autoencoder": "missing"}, "--image_autoencoder: 'missing' has no config.json"),
         ({"autoencoder": "missing"}, "--autoencoder: 'missing' has no config.json"),
-        ({"resume_from_checkpoint": "missing"}, "no checkpoint at 'missing'"),
+        ({"resume_from_checkpoint": "missing"}, "'missing'"),
+        ({"toybox": False, "data": "missing"}, "'missing' is no file or folder here"),
     ],
 )
 def test_mistakes_are_named(script, tmp_path, arguments, message):
     with pytest.raises((ValueError, OSError), match=message):
-        run(script, output_dir=tmp_path, **(SMALL | arguments))
-    assert not (tmp_path / "vae").exists()
+        run(script, output_dir=tmp_path / "run", **(SMALL | {"max_train_steps": 4} | arguments))
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_fill_a_batch_or_has_no_films_is_refused(script, clips, tmp_path):
+    arguments = SIZES | {"stage": "video", "data": clips, "num_workers": 0, "output_dir": tmp_path / "run"} | MODEL
+    with pytest.raises(ValueError, match="--video_batch_size and --data: no bucket has the 5 samples of a step"):
+        run(script, **(arguments | {"video_batch_size": 5}))
+    with pytest.raises(ValueError, match="has no videos to train --stage video on"):
+        run(script, exclude=["film_*"], **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharding_is_refused(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
+    with pytest.raises(ValueError, match="every process holds the whole autoencoder: launch it with --multi_gpu"):
+        run(script, output_dir=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_models_of_the_other_stage_are_refused(script, image_run, tmp_path):
     with pytest.raises(OSError, match="--autoencoder: .* holds a AutoencoderKL; .* AutoencoderKLMovieGen"):
         run(script, stage="video", autoencoder=image_run / "vae", output_dir=tmp_path, **SMALL)
-
-
-def test_recolouring_never_makes_a_held_out_tuple(script):
-    generator = torch.Generator().manual_seed(0)
-    tuples = sample_tuples(400, generator)
-    # Object colour in the upper half, ground in the lower, of one pixel each.
-    pixels = torch.tensor([[COLOURS[words[0]], BACKGROUNDS[words[3]]] for words in tuples], dtype=torch.uint8)
-    video = pixels.permute(0, 2, 1)[:, :, None, :, None]
-    varied = script.vary_colours(video, [[words] for words in tuples], generator)
-    changed = 0
-    for clip, original, (_, shape, motion, _) in zip(varied, video, tuples, strict=True):
-        changed += not torch.equal(clip, original)
-        colour, ground = (np.asarray(value) for value in clip[:, 0, :, 0].T.tolist())
-        near = [
-            (name, background)
-            for name, value in COLOURS.items()
-            for background, other in BACKGROUNDS.items()
-            if np.linalg.norm(colour - value) == min(np.linalg.norm(colour - v) for v in COLOURS.values()) <= 70
-            and np.linalg.norm(ground - other) == min(np.linalg.norm(ground - v) for v in BACKGROUNDS.values()) <= 70
-        ]
-        assert not any(is_held_out(name, shape, motion, background) for name, background in near)
-    assert 120 < changed < 300
