@@ -6,7 +6,6 @@ from collections import Counter
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
-
 from diffusers import attention_backend  # noqa: E402
 
 from tests.tiny import tiny_pipeline  # noqa: E402

@@ -53,10 +53,11 @@ def test_its_model_card_has_the_commands(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     for command in (
         "train_text_encoders.py",
-        "train_tae.py --stage image",
-        "train_tae.py --stage video",
-        "train_text_to_video.py --stage image",
-        "train_text_to_video.py --stage joint",
+        "configs/toybox_tae_image.yaml",
+        "configs/toybox_tae.yaml",
+        "precompute.py",
+        "configs/toybox_t2i.yaml",
+        "configs/toybox_t2iv.yaml",
         "benchmarks/evaluate.py",
     ):
         assert command in card

@@ -67,7 +67,11 @@ class Arguments:
 def load_vae(folder: str) -> AutoencoderKLMovieGen:
     """The autoencoder, in the dtype that its weights are stored in."""
     check_model_folder("vae", folder, AutoencoderKLMovieGen)
-    vae = AutoencoderKLMovieGen.from_pretrained(folder, use_safetensors=True)
+    vae, report = AutoencoderKLMovieGen.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    unfit = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if unfit:
+        # diffusers leaves the missing ones without values and warns.
+        raise OSError(f"--vae: the weights in '{folder}' do not fit its config.json: `{unfit[0]}` is in only one.")
     if vae.config.latents_mean is None or vae.config.latents_std is None:
         raise ValueError(
             f"--vae: the config of '{folder}' has no latents_mean and latents_std; pass an autoencoder that "
@@ -87,7 +91,7 @@ def load_text_encoder(option: str, source: str, encoder_class: type[PreTrainedMo
         model, report = encoder_class.from_pretrained(
             source, dtype="auto", use_safetensors=True, output_loading_info=True, **subfolder
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise OSError(f"--{option}: no {encoder_class.__name__} could be loaded from '{source}': {error}") from error
     if report["missing_keys"]:
         # transformers fills them with random values and warns.

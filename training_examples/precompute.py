@@ -48,7 +48,9 @@ from diffusers_moviegen.training import (
     MediaMember,
     MediaReport,
     MediaRow,
+    check_model_folder,
     check_positive,
+    end_training,
     find_pipeline,
     list_media,
     models_fingerprint,
@@ -364,7 +366,9 @@ def prepare(args: Arguments, pipeline: Path, buckets: Buckets) -> LatentCacheWri
         entries = plan_toybox(args, buckets) if args.toybox else plan_media(args, rows, buckets, report)
         if not entries:
             reasons = [f"{len(names)} {reason}" for reason, names in report.skipped.items() if names]
-            raise ValueError(f"--data: '{args.data}' has no usable sample: {'; '.join(reasons)}.")
+            raise ValueError(
+                f"--data: '{args.data}' has no usable sample: {'; '.join(reasons) or 'it names no picture or film'}."
+            )
         # A batch has one shape, so those of one shape come together.
         entries.sort(key=lambda entry: entry["bucket"])
         plan = {"source": report.source, "location": location, "entries": entries, "skipped": report.skipped}
@@ -416,6 +420,7 @@ def main(args: Arguments) -> None:
 
     # 1. What there is to do; what was begun with other models, options or data is refused
     pipeline = find_pipeline(args.pipeline)
+    check_model_folder("pipeline", str(pipeline / "vae"), AutoencoderKLMovieGen)
     vae_config = AutoencoderKLMovieGen.load_config(pipeline / "vae")
     if vae_config.get("latents_mean") is None or vae_config.get("latents_std") is None:
         raise ValueError(
@@ -461,7 +466,7 @@ def main(args: Arguments) -> None:
         (writer.folder / PLAN_FILE).unlink()
         print(report)
         print(f"{len(missing)} of {len(shards)} shards written in {time.perf_counter() - started:.0f} s")
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ alone, which sharpens pictures without moving the latents. `--toybox` draws the 
 import itertools
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,7 +27,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
@@ -47,15 +45,18 @@ from diffusers_moviegen.training import (
     ShardedEMA,
     StopSignal,
     StreamLoader,
-    TrainingStopped,
     adaptive_weight,
     build_model_card,
+    check_mixed_precision,
     check_model_folder,
+    check_output_dir,
     check_positive,
-    check_tracker,
+    check_training_options,
     discriminator_loss,
+    end_training,
     exchange,
     kl_divergence,
+    latest_checkpoint,
     multiscale_gradient_loss,
     outlier_penalty,
     prepare_hub_repository,
@@ -66,6 +67,7 @@ from diffusers_moviegen.training import (
     save_sample_sheet,
     start_trackers,
     step_generator,
+    written_beside,
 )
 
 
@@ -153,9 +155,9 @@ class Arguments:
     hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
 
     def __post_init__(self):
-        positive = "image_batch_size video_batch_size gradient_accumulation_steps max_train_steps validation_steps"
-        check_positive(self, tuple(positive.split()))
-        check_positive(self, ("statistics_batches", "checkpointing_steps", "checkpoints_total_limit"))
+        check_training_options(self)
+        check_positive(self, ("image_batch_size", "video_batch_size", "statistics_batches", "discriminator_channels"))
+        check_positive(self, ("layers_per_block", "norm_num_groups"))
         if (self.data is None) != self.toybox:
             raise ValueError("pass either --data, what to train on, or --toybox.")
         if self.toybox and (self.validation_data is not None or self.exclude):
@@ -176,12 +178,18 @@ class Arguments:
             raise ValueError("--image_autoencoder and --autoencoder are both given; start from one of them.")
         if self.stage != "image" and min(self.lengths, default=0) < 2:
             raise ValueError(f"--lengths {self.lengths}: a clip has 2 frames or more; pictures come by themselves.")
-        if len(self.images_to_videos) != 2 or min(self.images_to_videos) < 0 or max(self.images_to_videos) == 0:
-            raise ValueError(f"--images_to_videos {self.images_to_videos}: pass two numbers of steps such as 1 3.")
         if self.stage != "image" and self.images_to_videos[1] == 0:
             raise ValueError(f"--images_to_videos {self.images_to_videos}: --stage {self.stage} needs steps of clips.")
-        for name in [name for name in vars(self) if name.endswith("_weight")]:
-            if getattr(self, name) < 0:
+        if not 0 < self.frame_rate < math.inf:
+            raise ValueError(f"--frame_rate is {self.frame_rate}: it must be above 0 frames a second.")
+        if any(channels < 1 or channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(
+                f"--block_out_channels {self.block_out_channels}: use multiples of --norm_num_groups "
+                f"{self.norm_num_groups}."
+            )
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        for name in (*weights, "discriminator_learning_rate", "adversarial_start"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be 0 or more.")
         if self.perceptual_features is not None and self.perceptual_weight == 0:
             raise ValueError("--perceptual_features does nothing with --perceptual_weight 0.")
@@ -192,11 +200,6 @@ class Arguments:
             )
         if self.adversarial_weight and self.mixed_precision == "fp16":
             raise ValueError("--mixed_precision fp16 has one loss scale, too few for an adversary: use bf16 or no.")
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
-        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
-            raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
-        check_tracker(self.report_to)
 
     def takes_images(self, step: int) -> bool:
         """Whether `step` is one of pictures."""
@@ -494,24 +497,6 @@ def measure_latents(
     return mean.tolist(), std.tolist()
 
 
-def save_result(model: AutoencoderKL | AutoencoderKLMovieGen, folder: Path) -> None:
-    """Writes the model beside `folder` and renames it, so that a folder of this name is always a whole one."""
-    # diffusers would write down the folder that the weights came from.
-    model.register_to_config(_name_or_path="")
-    partial = folder.with_name(f"partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise TrainingStopped(
-            f"the result cannot be written to '{folder}': {error}. Make room and pass --resume_from_checkpoint latest."
-        ) from error
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-
-
 def model_card(
     args: Arguments, repo_id: str, figures: dict[str, float], dataset: MediaDataset | None, num_processes: int
 ) -> ModelCard:
@@ -566,6 +551,20 @@ def model_card(
 # --- The run ----------------------------------------------------------------------------------------------------
 
 
+def check_adversary(args: Arguments) -> None:
+    """Raises a `ValueError` if a run is to go on with an adversary that its checkpoint does not have."""
+    if not args.adversarial_weight or args.resume_from_checkpoint is None:
+        return
+    latest = args.resume_from_checkpoint == "latest"
+    checkpoint = latest_checkpoint(args.output_dir) if latest else Path(args.resume_from_checkpoint)
+    if checkpoint is not None and (checkpoint / "model.safetensors").is_file():
+        if not (checkpoint / "model_1.safetensors").is_file():
+            raise ValueError(
+                f"--adversarial_weight: '{checkpoint}' is of a run without an adversary: go on without, and give the "
+                "vae/ of that run to a new one with --autoencoder."
+            )
+
+
 def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
@@ -578,6 +577,9 @@ def main(args: Arguments) -> None:
             "every process holds the whole autoencoder: launch it with --multi_gpu instead of --use_fsdp, "
             "--use_deepspeed or a --config_file that says so."
         )
+    check_mixed_precision(accelerator)
+    check_output_dir(output_dir, "vae", args.resume_from_checkpoint)
+    check_adversary(args)
     # Every process starts from the same weights.
     set_seed(args.seed)
 
@@ -589,6 +591,12 @@ def main(args: Arguments) -> None:
         buckets = Buckets(args.resolution, tuple(args.aspect_ratios), lengths, multiple)
     except ValueError as error:
         raise ValueError(f"--resolution, --aspect_ratios, --lengths: {error}") from error
+    shortest = min(min(size) for size in buckets.sizes)
+    if shortest < 16 and (args.adversarial_weight or args.perceptual_features is not None):
+        raise ValueError(
+            f"--resolution {args.resolution} gives sides of {shortest} pixels, and --adversarial_weight and "
+            "--perceptual_features need 16: raise it."
+        )
     model.train()
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -663,7 +671,8 @@ def main(args: Arguments) -> None:
     )
     losses, figures, stopping = [], None, False
     mark = time.perf_counter()
-    with StopSignal() as stop:
+    # Closed whatever happens, so that what is said of it begins a line.
+    with progress, StopSignal() as stop:
         while state.step < args.max_train_steps and not stopping:
             adversarial = args.adversarial_weight > 0 and state.step >= args.adversarial_start
             parts, names = {}, []
@@ -719,6 +728,10 @@ def main(args: Arguments) -> None:
                 ema.step()
                 losses.append(loss)
                 if adversarial:
+                    # At a constant rate it would go on learning when the autoencoder hardly moves any more.
+                    factor = lr_scheduler.lr_lambdas[0](state.step)
+                    for group in adversary_optimizer.param_groups:
+                        group["lr"] = args.discriminator_learning_rate * factor
                     adversary_optimizer.step()
             learning_rate = lr_scheduler.get_last_lr()[0]
             lr_scheduler.step()
@@ -750,7 +763,6 @@ def main(args: Arguments) -> None:
                 accelerator.log({name: value for name, value in line.items() if name not in logged}, step=state.step)
             if state.step % args.checkpointing_steps == 0 or finished or stopping:
                 save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
-    progress.close()
 
     # 5. The averaged weights are the result
     if state.step >= args.max_train_steps:
@@ -767,12 +779,15 @@ def main(args: Arguments) -> None:
                 mean, std = measure_latents(model, batches, args.statistics_batches, accelerator)
                 model.register_to_config(latents_mean=mean, latents_std=std)
             if accelerator.is_main_process:
-                save_result(model, output_dir / "vae")
+                # diffusers would write down the folder that the weights came from.
+                model.register_to_config(_name_or_path="")
+                with written_beside(output_dir / "vae") as folder:
+                    model.save_pretrained(folder)
         if accelerator.is_main_process and args.push_to_hub:
             card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
             print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
         accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

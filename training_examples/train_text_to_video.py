@@ -13,6 +13,7 @@ folder, `pipeline/` below the output folder.
 
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -25,7 +26,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, snapshot_download
-from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
@@ -38,21 +38,23 @@ from diffusers_moviegen import (
 )
 from diffusers_moviegen.pipelines.prompt_encoding import TEXT_ENCODERS
 from diffusers_moviegen.training import (
-    BucketLoader,
-    BucketSampler,
     HalveOnPlateau,
     LatentCache,
     RunState,
     ShardedEMA,
     StopSignal,
     build_model_card,
+    cache_loader,
+    check_mixed_precision,
     check_model_folder,
+    check_output_dir,
     check_positive,
-    check_tracker,
+    check_training_options,
     draw_flow_batch,
+    end_training,
     exchange,
-    find_pipeline,
     flow_loss,
+    load_caches,
     prepare_hub_repository,
     prepare_sharding,
     push_folder_to_hub,
@@ -64,6 +66,7 @@ from diffusers_moviegen.training import (
     step_generator,
     text_inputs,
     validation_flow_loss,
+    written_beside,
 )
 
 
@@ -143,19 +146,8 @@ class Arguments:
     hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
 
     def __post_init__(self):
-        check_positive(
-            self,
-            (
-                "train_batch_size",
-                "gradient_accumulation_steps",
-                "max_train_steps",
-                "lr_patience",
-                "num_inference_steps",
-                "validation_steps",
-                "checkpointing_steps",
-                "checkpoints_total_limit",
-            ),
-        )
+        check_training_options(self)
+        check_positive(self, ("train_batch_size", "lr_patience", "num_inference_steps"))
         if (self.transformer is None) == (self.transformer_config is None):
             raise ValueError(
                 "pass either --transformer, a backbone to start from, or --transformer_config, a fresh one's size."
@@ -164,36 +156,28 @@ class Arguments:
             raise ValueError(
                 f"--max_grid_size is {self.max_grid_size}: pass three numbers of at least 1, such as 4 6 6."
             )
-        ratio = self.images_to_videos
-        if len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0:
-            raise ValueError(f"--images_to_videos is {ratio}: pass two numbers of batches, such as 1 10.")
-        for name in ("learning_rate", "min_learning_rate", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 0.")
         for name in ("height", "width", "num_frames", "frame_rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be above 0.")
-        trained_on = {Path(folder).resolve() for folder in self.data}
-        shared = [folder for folder in self.validation_data if Path(folder).resolve() in trained_on]
-        if shared:
-            raise ValueError(f"--validation_data: '{shared[0]}' is trained on; pass samples that are not in --data.")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"--max_grad_norm is {self.max_grad_norm}: it must be above 0.")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"--guidance_scale is {self.guidance_scale}: pass a number, such as 7.5.")
         if not 0 <= self.prompt_dropout <= 1:
             raise ValueError(f"--prompt_dropout is {self.prompt_dropout}: it must be from 0 to 1.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay is {self.ema_decay}: it must be at least 0 and below 1.")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError("--min_learning_rate is above --learning_rate: lower it.")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"--min_learning_rate is {self.min_learning_rate}: it must be from 0 to --learning_rate, "
+                f"{self.learning_rate}."
+            )
+        if self.min_learning_rate and self.lr_scheduler != "halve_on_plateau":
+            raise ValueError("--min_learning_rate does nothing without --lr_scheduler halve_on_plateau: add it.")
         if self.num_validation_samples < 0:
             raise ValueError(f"--num_validation_samples is {self.num_validation_samples}: pass 0 to draw none.")
         if self.lr_scheduler == "halve_on_plateau" and not self.validation_data:
             raise ValueError("--lr_scheduler halve_on_plateau follows the validation loss: add --validation_data.")
-        check_tracker(self.report_to)
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
-        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
-            raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
+        if not re.fullmatch(r"\d+(\.\d+)? *[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            raise ValueError(f"--max_shard_size is '{self.max_shard_size}': pass a size such as 10GB or 14MB.")
 
 
 def load_backbone(args: Arguments, cache: LatentCache) -> MovieGenTransformer3DModel:
@@ -343,10 +327,7 @@ def draw_samples(
 def save_result(
     args: Arguments, pipe: MovieGenPipeline, frozen: Path, weights: dict[str, torch.Tensor], target: Path
 ) -> None:
-    """Writes a pipeline folder: the files of the folder `frozen`, and `weights` in bfloat16 as the backbone.
-
-    It is written beside and renamed, so that what `target` holds is whole.
-    """
+    """Writes a pipeline folder: the files of the folder `frozen`, and `weights` in bfloat16 as the backbone."""
     with torch.device("meta"):
         transformer = MovieGenTransformer3DModel.from_config(pipe.transformer.config)
     weights = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in weights.items()}
@@ -358,27 +339,13 @@ def save_result(
     index |= {name: value for name, value in pipe.config.items() if name.startswith("default_")}
     index.pop("_name_or_path", None)
 
-    partial, replaced = target.with_name(f"partial-{target.name}"), target.with_name(f"partial-{target.name}-replaced")
-    try:
-        for folder in (partial, replaced):
-            if folder.exists():
-                shutil.rmtree(folder)
+    with written_beside(target) as folder:
         # The card of another model, and what git and the Hub keep beside a download, do not belong to the result.
-        shutil.copytree(frozen, partial, ignore=shutil.ignore_patterns("transformer", "README.md", ".*"))
-        transformer.save_pretrained(partial / "transformer", max_shard_size=args.max_shard_size)
+        ignored = shutil.ignore_patterns("transformer", "README.md", ".*")
+        shutil.copytree(frozen, folder, ignore=ignored, dirs_exist_ok=True)
+        transformer.save_pretrained(folder / "transformer", max_shard_size=args.max_shard_size)
         text = json.dumps(index, indent=2, sort_keys=True)
-        (partial / "model_index.json").write_text(f"{text}\n", encoding="utf-8")
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    # Of a full disk safetensors has an error of its own.
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"'{target}' cannot be written: {error}; make room and resume from the last checkpoint."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / "model_index.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def model_card(
@@ -429,6 +396,7 @@ def model_card(
 
 def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
+    check_output_dir(output_dir, "pipeline", args.resume_from_checkpoint)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -436,35 +404,24 @@ def main(args: Arguments) -> None:
         project_dir=str(output_dir / "logs"),
     )
     prepare_sharding(accelerator)
-    if args.mixed_precision == "fp16" and accelerator.scaler is None:
-        raise ValueError(
-            "--mixed_precision fp16 needs a GPU, and would be float32 without a word here: pass bf16 or no."
-        )
+    check_mixed_precision(accelerator)
 
     # 1. Data: posteriors and text features that the frozen models computed once
-    frozen = find_pipeline(args.pipeline)
-    index = json.loads((frozen / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] != MovieGenPipeline.__name__:
-        raise ValueError(f"--pipeline: '{args.pipeline}' is a {index['_class_name']}; pass a MovieGenPipeline.")
-    cache = LatentCache(args.data)
-    validation_cache = LatentCache(args.validation_data) if args.validation_data else None
-    caches = [cache, validation_cache] if validation_cache else [cache]
-    if accelerator.is_main_process:
-        for each in caches:
-            each.check_models(frozen)
+    frozen, cache, validation_cache = load_caches(accelerator, args.pipeline, args.data, args.validation_data)
     # What is made by default is what there is most of to learn from, films before pictures.
     counts = Counter(sample.bucket for sample in cache.samples)
     common = max(counts, key=lambda bucket: (bucket.num_frames > 1, counts[bucket]))
     for name in ("num_frames", "height", "width"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(common, name))
-    args.frame_rate = args.frame_rate or cache.frame_rate or index["default_frame_rate"]
+    default_frame_rate = MovieGenPipeline.load_config(frozen)["default_frame_rate"]
+    args.frame_rate = args.frame_rate or cache.frame_rate or default_frame_rate
 
     # 2. Models: only the backbone learns. Every process makes the same fresh weights
     set_seed(args.seed)
     transformer = load_backbone(args, cache)
     pipe = load_pipeline(args, frozen, transformer)
-    check_sizes(args, pipe, caches)
+    check_sizes(args, pipe, [cache, validation_cache] if validation_cache else [cache])
     shown = sheet_samples(args, validation_cache) if validation_cache else []
     if shown:
         pipe.vae.to(accelerator.device)
@@ -497,18 +454,9 @@ def main(args: Arguments) -> None:
     ema = ShardedEMA(accelerator, model, args.ema_decay)
 
     # 4. Batches of one shape, the same on every process
-    try:
-        sampler = BucketSampler(
-            [sample.bucket for sample in cache.samples],
-            args.train_batch_size,
-            seed=args.seed,
-            images_to_videos=tuple(args.images_to_videos),
-            rank=accelerator.process_index,
-            num_replicas=accelerator.num_processes,
-        )
-    except ValueError as error:
-        raise ValueError(f"--data, --train_batch_size, --images_to_videos: {error}") from error
-    loader = BucketLoader(cache, sampler, args.num_workers)
+    loader = cache_loader(
+        accelerator, cache, args.train_batch_size, args.images_to_videos, args.seed, args.num_workers
+    )
 
     # 5. Where the run stands
     state = RunState()
@@ -600,7 +548,8 @@ def main(args: Arguments) -> None:
                 }
                 accelerator.print(json.dumps(line), flush=True)
                 accelerator.log(
-                    {name: value for name, value in line.items() if name not in ("step", "loss")}, state.step
+                    {name: value for name, value in line.items() if name not in ("step", "loss", "learning_rate")},
+                    state.step,
                 )
             if state.step % args.checkpointing_steps == 0 or stopping or finished:
                 save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
@@ -610,7 +559,7 @@ def main(args: Arguments) -> None:
             accelerator.print(
                 f"stopped after step {state.step}; --resume_from_checkpoint latest goes on there", file=sys.stderr
             )
-            accelerator.end_training()
+            end_training(accelerator)
             return
 
     # 7. The averaged weights are the result, in a pipeline that is whole
@@ -626,7 +575,7 @@ def main(args: Arguments) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         card = model_card(args, repo_id, cache, figures, accelerator.num_processes)
         print(push_folder_to_hub(output_dir / "pipeline", repo_id, card, args.hub_private))
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

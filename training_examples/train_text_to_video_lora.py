@@ -10,8 +10,8 @@ output folder, is for `pipe.load_lora_weights`.
 """
 
 import json
+import math
 import re
-import shutil
 import sys
 import time
 from collections import Counter
@@ -35,19 +35,21 @@ from diffusers_moviegen import (
     bundled_checkpoint,
 )
 from diffusers_moviegen.training import (
-    BucketLoader,
-    BucketSampler,
     LatentCache,
     RunState,
     StopSignal,
     build_model_card,
+    cache_loader,
+    check_mixed_precision,
     check_model_folder,
+    check_output_dir,
     check_positive,
-    check_tracker,
+    check_training_options,
     draw_flow_batch,
+    end_training,
     exchange,
-    find_pipeline,
     flow_loss,
+    load_caches,
     prepare_hub_repository,
     push_folder_to_hub,
     restore_checkpoint,
@@ -56,6 +58,7 @@ from diffusers_moviegen.training import (
     start_trackers,
     step_generator,
     validation_flow_loss,
+    written_beside,
 )
 
 
@@ -104,37 +107,14 @@ class Arguments:
     hub_private: bool = field(default=False, metadata={"help": "whether only its owners may see a new repository"})
 
     def __post_init__(self):
-        check_positive(
-            self,
-            (
-                "lora_rank",
-                "train_batch_size",
-                "gradient_accumulation_steps",
-                "max_train_steps",
-                "validation_steps",
-                "checkpointing_steps",
-                "checkpoints_total_limit",
-            ),
-        )
+        check_training_options(self)
+        check_positive(self, ("lora_rank", "train_batch_size"))
         if self.lora_alpha is None:
             self.lora_alpha = float(self.lora_rank)
-        if self.lora_alpha <= 0:
+        if not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"--lora_alpha is {self.lora_alpha}: it must be above 0.")
-        ratio = self.images_to_videos
-        if len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0:
-            raise ValueError(f"--images_to_videos is {ratio}: pass two numbers of batches, such as 1 10.")
-        for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} is {getattr(self, name)}: it must be at least 0.")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"--max_grad_norm is {self.max_grad_norm}: it must be above 0.")
         if not 0 <= self.prompt_dropout <= 1:
             raise ValueError(f"--prompt_dropout is {self.prompt_dropout}: it must be from 0 to 1.")
-        check_tracker(self.report_to)
-        if self.push_to_hub and self.hub_model_id is None:
-            raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
-        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
-            raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
 
 
 def load_backbone(args: Arguments, frozen: Path, dtype: torch.dtype) -> MovieGenTransformer3DModel:
@@ -273,6 +253,7 @@ def model_card(
 
 def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
+    check_output_dir(output_dir, "lora", args.resume_from_checkpoint)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -284,25 +265,17 @@ def main(args: Arguments) -> None:
             "this script keeps the whole backbone on every process: launch it without FSDP and DeepSpeed; with "
             "--mixed_precision bf16 the frozen weights take two bytes each."
         )
+    check_mixed_precision(accelerator)
 
     # 1. Data: posteriors and text features that the frozen models computed once
-    frozen = find_pipeline(args.pipeline)
-    index = json.loads((frozen / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] != MovieGenPipeline.__name__:
-        raise ValueError(f"--pipeline: '{args.pipeline}' is a {index['_class_name']}; pass a MovieGenPipeline.")
-    cache = LatentCache(args.data)
-    validation_cache = LatentCache(args.validation_data) if args.validation_data else None
-    caches = [cache, validation_cache] if validation_cache else [cache]
-    if accelerator.is_main_process:
-        for each in caches:
-            each.check_models(frozen)
+    frozen, cache, validation_cache = load_caches(accelerator, args.pipeline, args.data, args.validation_data)
 
     # 2. Model: only the adapter learns. Every process makes the same fresh one
     set_seed(args.seed)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.mixed_precision]
     transformer = load_backbone(args, frozen, dtype)
     scheduler = FlowMatchLinearQuadraticScheduler.from_pretrained(frozen / "scheduler")
-    check_sizes(transformer, caches)
+    check_sizes(transformer, [cache, validation_cache] if validation_cache else [cache])
     add_adapter(args, transformer)
     if accelerator.device.type == "cpu":
         # The fused CPU kernel's backward is several times slower than plain matrix products at these lengths.
@@ -328,18 +301,9 @@ def main(args: Arguments) -> None:
     model, optimizer = accelerator.prepare(transformer, optimizer)
 
     # 4. Batches of one shape, the same on every process
-    try:
-        sampler = BucketSampler(
-            [sample.bucket for sample in cache.samples],
-            args.train_batch_size,
-            seed=args.seed,
-            images_to_videos=tuple(args.images_to_videos),
-            rank=accelerator.process_index,
-            num_replicas=accelerator.num_processes,
-        )
-    except ValueError as error:
-        raise ValueError(f"--data, --train_batch_size, --images_to_videos: {error}") from error
-    loader = BucketLoader(cache, sampler, args.num_workers)
+    loader = cache_loader(
+        accelerator, cache, args.train_batch_size, args.images_to_videos, args.seed, args.num_workers
+    )
 
     # 5. Where the run stands. Checkpoints have the adapter, but not the backbone
     def save_hook(models: list, weights: list, folder: str) -> None:
@@ -391,7 +355,8 @@ def main(args: Arguments) -> None:
     )
     batches, losses, figures, stopping = iter(loader), [], None, False
     mark = time.perf_counter()
-    with StopSignal() as stop:
+    # Closed on the way out, so that a message of what went wrong begins a line.
+    with StopSignal() as stop, progress:
         while state.step < args.max_train_steps and not stopping:
             parts, names = [], []
             for _ in range(args.gradient_accumulation_steps):
@@ -440,7 +405,8 @@ def main(args: Arguments) -> None:
                 }
                 accelerator.print(json.dumps(line), flush=True)
                 accelerator.log(
-                    {name: value for name, value in line.items() if name not in ("step", "loss")}, state.step
+                    {name: value for name, value in line.items() if name not in ("step", "loss", "learning_rate")},
+                    state.step,
                 )
             if state.step % args.checkpointing_steps == 0 or stopping or finished:
                 save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
@@ -457,22 +423,14 @@ def main(args: Arguments) -> None:
             figures = measure() | baseline
         if accelerator.is_main_process:
             target = output_dir / "lora"
-            partial, replaced = output_dir / "partial-lora", output_dir / "partial-lora-replaced"
-            for folder in (partial, replaced):
-                if folder.exists():
-                    shutil.rmtree(folder)
-            save_adapter(transformer, partial)
-            if target.exists():
-                target.rename(replaced)
-            partial.rename(target)
-            if replaced.exists():
-                shutil.rmtree(replaced)
+            with written_beside(target) as folder:
+                save_adapter(transformer, folder)
 
             # 8. It goes to the Hub; it stays in its folder when it cannot
             if args.push_to_hub:
                 card = model_card(args, repo_id, cache, figures, accelerator.num_processes)
                 print(push_folder_to_hub(target, repo_id, card, args.hub_private))
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 if __name__ == "__main__":

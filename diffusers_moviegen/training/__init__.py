@@ -1,7 +1,16 @@
 """What the scripts in `training_examples/` share."""
 
-from .arguments import TrainingStopped, check_model_folder, check_positive, parse_arguments, run_script
+from .arguments import (
+    TrainingStopped,
+    check_mixed_precision,
+    check_model_folder,
+    check_positive,
+    check_training_options,
+    parse_arguments,
+    run_script,
+)
 from .buckets import Bucket, Buckets, BucketSampler
+from .cached_data import cache_loader, load_caches
 from .checkpointing import (
     RunState,
     StopSignal,
@@ -46,8 +55,9 @@ from .media_dataset import (
     read_media,
 )
 from .media_loaders import BucketLoader, StreamLoader
+from .run_folders import check_output_dir, written_beside
 from .sample_sheets import save_sample_sheet
-from .sharding import prepare_sharding
+from .sharding import end_training, prepare_sharding
 from .trackers import check_tracker, start_trackers
 
 
@@ -77,18 +87,24 @@ __all__ = [
     "TrainingStopped",
     "adaptive_weight",
     "build_model_card",
+    "cache_loader",
+    "check_mixed_precision",
     "check_model_folder",
+    "check_output_dir",
     "check_positive",
     "check_tracker",
+    "check_training_options",
     "collate_media",
     "discriminator_loss",
     "draw_flow_batch",
+    "end_training",
     "exchange",
     "find_pipeline",
     "flow_loss",
     "kl_divergence",
     "latest_checkpoint",
     "list_media",
+    "load_caches",
     "models_fingerprint",
     "multiscale_gradient_loss",
     "outlier_penalty",
@@ -107,4 +123,5 @@ __all__ = [
     "step_generator",
     "text_inputs",
     "validation_flow_loss",
+    "written_beside",
 ]

@@ -1,16 +1,20 @@
 """How the scripts read their options and say what is wrong with them."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.utils import logging
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
+
+from .trackers import check_tracker
 
 
 logger = logging.get_logger(__name__)
@@ -97,6 +101,45 @@ def check_positive(arguments: object, names: tuple[str, ...]) -> None:
     for name in names:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}: it must be at least 1.")
+
+
+def check_training_options(arguments: object) -> None:
+    """Raises a `ValueError` if an option that the training scripts have in common is out of range or contradictory."""
+    check_positive(
+        arguments,
+        (
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "validation_steps",
+            "checkpointing_steps",
+            "checkpoints_total_limit",
+        ),
+    )
+    # Compared so that NaN is refused, too.
+    for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
+        value = getattr(arguments, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} is {value}: it must be at least 0 and finite.")
+    if arguments.seed >= 2**32:
+        raise ValueError(f"--seed is {arguments.seed}: it must be below {2**32}.")
+    if not arguments.max_grad_norm > 0:
+        raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}: it must be above 0.")
+    ratio = arguments.images_to_videos
+    if len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0:
+        raise ValueError(f"--images_to_videos is {ratio}: pass two numbers of batches, such as 1 10.")
+    check_tracker(arguments.report_to)
+    if arguments.push_to_hub and arguments.hub_model_id is None:
+        raise ValueError("--push_to_hub: pass the repository to push to, --hub_model_id user/name.")
+    if not arguments.push_to_hub and (arguments.hub_model_id is not None or arguments.hub_private):
+        raise ValueError("--hub_model_id and --hub_private do nothing without --push_to_hub: add it.")
+
+
+def check_mixed_precision(accelerator: Accelerator) -> None:
+    """Raises a `ValueError` if `accelerator` was asked for float16 on a device where it computes without."""
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError(
+            "--mixed_precision fp16 needs a GPU, and would be float32 without a word here: pass bf16 or no."
+        )
 
 
 def check_model_folder(argument: str, folder: str, model_class: type[ModelMixin]) -> None:

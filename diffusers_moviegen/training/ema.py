@@ -129,7 +129,8 @@ class ShardedEMA:
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(average.shape):
                     raise ValueError(
-                        f"'{path}' is of another model: '{name}' is {shape} there, {tuple(average.shape)} here."
+                        f"'{path}' is of another model: '{name}' is {shape} there, {tuple(average.shape)} here; "
+                        "resume with the model options of that run, or start a new one."
                     )
                 tensor = file.get_tensor(name).to(average.device)
                 if isinstance(average, DTensor):

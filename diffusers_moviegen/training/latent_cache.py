@@ -12,6 +12,7 @@ written last.
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def find_pipeline(name_or_path: str | Path) -> Path:
     """The folder of a pipeline; from the Hub all of it is downloaded but its transformer.
 
     Raises:
-        OSError: if there is none.
+        OSError: if there is none, or it is of another class.
     """
     path = Path(name_or_path)
     if not path.exists():
@@ -64,8 +65,13 @@ def find_pipeline(name_or_path: str | Path) -> Path:
                 f"--pipeline: '{name_or_path}' is no folder, and no repository of the Hub could be loaded by this "
                 f"name: {reason}"
             ) from error
-    if not (path / "model_index.json").is_file():
+    file = path / "model_index.json"
+    if not file.is_file():
         raise OSError(f"--pipeline: '{path}' has no model_index.json; assemble_pipeline.py makes such a folder.")
+    index = _read_json(file)
+    found = index.get("_class_name") if isinstance(index, dict) else None
+    if found != "MovieGenPipeline":
+        raise OSError(f"--pipeline: '{path}' holds a {found}; pass a MovieGenPipeline.")
     return path
 
 
@@ -181,7 +187,9 @@ class LatentCacheWriter:
                     f"--output_dir: '{folder}' was made with {difference}: pass another folder, or the options and "
                     "data that it was made with."
                 )
-        elif self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir()):
+        elif self.folder.is_file() or (
+            self.folder.exists() and any(path.suffix != ".partial" for path in self.folder.iterdir())
+        ):
             raise OSError(f"--output_dir: '{folder}' holds something other than a latent cache; pass a new folder.")
 
     @classmethod
@@ -283,6 +291,9 @@ class LatentCacheWriter:
         partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
         try:
             write(partial)
+            if file.suffix == ".safetensors":
+                # safetensors makes files that nobody but their owner may read.
+                shutil.copymode(self.folder / FINGERPRINT_FILE, partial)
             partial.replace(file)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)

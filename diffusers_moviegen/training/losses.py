@@ -171,8 +171,9 @@ def adaptive_weight(
 
 
 def kl_divergence(posterior: DiagonalGaussianDistribution) -> torch.Tensor:
-    """Kullback-Leibler divergence to the unit Gaussian in nats, averaged over all latent elements."""
-    return 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+    """Kullback-Leibler divergence to the unit Gaussian in nats, averaged over all latent elements, in float32."""
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 def outlier_penalty(latents: torch.Tensor, threshold: float = 3.0) -> torch.Tensor:

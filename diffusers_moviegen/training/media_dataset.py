@@ -589,7 +589,11 @@ class MediaRow:
         """Its size; None if there is no such file."""
         if isinstance(self.source, MediaMember):
             return self.source.size
-        return self.source.stat().st_size if self.source.is_file() else None
+        try:
+            return self.source.stat().st_size if self.source.is_file() else None
+        except OSError:
+            # Such as a name that is too long.
+            return None
 
 
 def list_media(
@@ -640,7 +644,11 @@ def _usable_rows(candidates: Iterable[MediaRow], exclude: Sequence[str], report:
 
 def _table_rows(path: Path, table, file_column: str, caption_column: str) -> list[MediaRow]:
     names = ["" if name is None else str(name).strip() for name in table[file_column]]
-    captions = ["" if text is None else str(text).strip() for text in table[caption_column]]
+    captions = list(table[caption_column])
+    unfit = next((caption for caption in captions if isinstance(caption, dict | list)), None)
+    if unfit is not None:
+        raise ValueError(f"'{path}': the column {caption_column!r} holds {unfit!r:.60}, which is no text.")
+    captions = ["" if text is None else str(text).strip() for text in captions]
     if names and not any(captions):
         raise ValueError(f"'{path}' has no captions: the column {caption_column!r} is empty in every row.")
     return [
@@ -667,7 +675,8 @@ def _find_archives(source: str | Path) -> list[Path] | None:
 def _archive_members(archive: Path, report: MediaReport) -> Iterator[tuple[str, str, MediaMember]]:
     """Name up to its first dot, what follows the dot, and place of each file of an archive."""
     try:
-        with tarfile.open(archive, "r:") as tar:
+        # What is no UTF-8 in a name could not be written to a report.
+        with tarfile.open(archive, "r:", errors="replace") as tar:
             for entry in tar:
                 match = _MEMBER_NAME.fullmatch(entry.name)
                 if entry.isfile() and match:
@@ -706,10 +715,18 @@ def _caption_and_columns(text: bytes | None, fields: bytes | None, caption_colum
     try:
         columns = json.loads(fields) if fields is not None else {}
         text = "" if text is None else text.decode("utf-8")
+        columns = dict(columns) if isinstance(columns, dict) else {}
+        caption = columns.pop(caption_column, None) or text
+        if isinstance(caption, dict | list):
+            raise MediaError("caption that is no text", f"{caption!r:.60}")
+        caption = str(caption).strip()
+        # JSON can hold halves of characters, which no tokenizer takes.
+        caption.encode("utf-8")
+    except MediaError:
+        raise
     except ValueError as error:
         raise MediaError("unreadable caption", str(error)) from error
-    columns = dict(columns) if isinstance(columns, dict) else {}
-    return str(columns.pop(caption_column, None) or text).strip(), columns
+    return caption, columns
 
 
 def collate_media(items: list[dict[str, Any]]) -> dict[str, Any]:

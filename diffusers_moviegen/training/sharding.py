@@ -1,8 +1,10 @@
-"""What training needs from the engines that shard weights over processes."""
+"""What training needs from the engines that spread it over processes."""
 
+import time
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
@@ -31,3 +33,16 @@ def prepare_sharding(accelerator: Accelerator) -> None:
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
         )
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Ends the trackers and the process group; the last call of a script.
+
+    Unlike `accelerator.end_training` alone, it cannot hang on a CPU. There a thread of gloo takes hold of the
+    interpreter to free the tensors of the last collective, and PyTorch waits for that thread with the interpreter held
+    when it frees the model: whoever comes second waits for ever.
+    """
+    if dist.is_initialized():
+        # Long enough for the thread to have had its turn.
+        time.sleep(0.2)
+    accelerator.end_training()

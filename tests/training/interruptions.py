@@ -33,9 +33,9 @@ def _call(function: Callable, log: Path, arguments: tuple) -> None:
 
 
 def start(function: Callable, log: Path, *arguments) -> BaseProcess:
-    """Calls a function of a module in a process of its own, whose output goes to `log` and to one for errors beside it.
+    """Calls a function of a module in a process of its own.
 
-    Both are appended to.
+    Its output is appended to `log`, and its errors to a file beside it.
     """
     process = CONTEXT.Process(target=_call, args=(function, log, arguments))
     process.start()

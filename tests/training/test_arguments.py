@@ -11,8 +11,10 @@ from diffusers.utils import logging as diffusers_logging
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.training import (
     TrainingStopped,
+    check_mixed_precision,
     check_model_folder,
     check_positive,
+    check_training_options,
     parse_arguments,
     run_script,
 )
@@ -24,6 +26,41 @@ def test_counts_are_named():
     check_positive(arguments, ("num_frames",))
     with pytest.raises(ValueError, match="--max_train_steps is 0: it must be at least 1"):
         check_positive(arguments, ("num_frames", "max_train_steps"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: 0}, f"--{name} is 0: it must be at least 1") for name in ("max_train_steps", "validation_steps")),
+        ({"checkpoints_total_limit": -1}, "--checkpoints_total_limit is -1: it must be at least 1"),
+        ({"learning_rate": -0.1}, "--learning_rate is -0.1: it must be at least 0 and finite"),
+        ({"learning_rate": float("nan")}, "--learning_rate is nan: it must be at least 0 and finite"),
+        ({"weight_decay": float("inf")}, "--weight_decay is inf: it must be at least 0 and finite"),
+        ({"lr_warmup_steps": -1}, "--lr_warmup_steps is -1"),
+        ({"seed": 2**32}, "--seed is 4294967296: it must be below 4294967296"),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm is nan: it must be above 0"),
+        ({"images_to_videos": [1]}, r"--images_to_videos is \[1\]: pass two numbers"),
+        ({"images_to_videos": [0, 0]}, r"--images_to_videos is \[0, 0\]: pass two numbers"),
+        ({"report_to": "abacus"}, "--report_to: 'abacus' is not installed"),
+        ({"push_to_hub": True}, "--push_to_hub: pass the repository to push to"),
+        ({"hub_private": True}, "--hub_model_id and --hub_private do nothing without --push_to_hub"),
+    ],
+)
+def test_options_of_all_training_scripts(change, message):
+    counts = "gradient_accumulation_steps max_train_steps validation_steps checkpointing_steps checkpoints_total_limit"
+    options = dict.fromkeys(counts.split(), 1) | dict.fromkeys(("lr_warmup_steps", "num_workers", "seed"), 0)
+    options |= {"learning_rate": 0.0, "weight_decay": 0.0, "max_grad_norm": 1.0, "images_to_videos": [0, 1]}
+    options |= {"report_to": "none", "push_to_hub": False, "hub_model_id": None, "hub_private": False}
+    check_training_options(SimpleNamespace(**options))
+    with pytest.raises(ValueError, match=message):
+        check_training_options(SimpleNamespace(**options | change))
+
+
+def test_float16_needs_a_scaler():
+    for mixed_precision, scaler in (("no", None), ("bf16", None), ("fp16", object())):
+        check_mixed_precision(SimpleNamespace(mixed_precision=mixed_precision, scaler=scaler))
+    with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU"):
+        check_mixed_precision(SimpleNamespace(mixed_precision="fp16", scaler=None))
 
 
 def test_model_folders_are_of_the_class_asked_for(tmp_path):

@@ -70,6 +70,8 @@ def test_what_is_written_is_read(tmp_path, samples):
     cache = LatentCache(write_cache(tmp_path / "cache", samples))
     written = [sample for shard in samples for sample in shard]
     assert len(cache) == len(cache.samples) == 7
+    # Whoever may read one file may read all.
+    assert len({path.stat().st_mode for path in (tmp_path / "cache").iterdir()}) == 1
     for index, sample in enumerate(written):
         seen = cache.samples[index]
         assert (seen.name, seen.bucket, list(seen.captions)) == (sample["name"], sample["bucket"], sample["captions"])
@@ -202,6 +204,8 @@ def test_a_folder_begun_with_something_else_is_refused(tmp_path, samples):
     (tmp_path / "photos/a.png").touch()
     with pytest.raises(OSError, match="--output_dir: '.*photos' holds something other than a latent cache"):
         LatentCacheWriter(tmp_path / "photos", FINGERPRINT)
+    with pytest.raises(OSError, match="--output_dir: '.*a.png' holds something other than a latent cache"):
+        LatentCacheWriter(tmp_path / "photos/a.png", FINGERPRINT)
     with pytest.raises(OSError, match="--output_dir: '.*a.png/cache' cannot be made: Not a directory"):
         LatentCacheWriter(tmp_path / "photos/a.png/cache", FINGERPRINT).write_shard(0, samples[0], [])
 
@@ -365,3 +369,11 @@ def test_a_pipeline_that_is_nowhere(pipeline_folder, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(OSError, match="--pipeline: '.*' has no model_index.json"):
         find_pipeline(tmp_path)
+    for content, message in {
+        '{"_class_name": "WanPipeline"}': "--pipeline: '.*' holds a WanPipeline; pass a MovieGenPipeline",
+        "{}": "--pipeline: '.*' holds a None; pass a MovieGenPipeline",
+        "{": "model_index.json' cannot be read",
+    }.items():
+        (tmp_path / "model_index.json").write_text(content)
+        with pytest.raises(OSError, match=message):
+            find_pipeline(tmp_path)

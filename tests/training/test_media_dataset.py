@@ -492,6 +492,8 @@ def test_tables_that_cannot_be_used(folder, tmp_path):
     refused(ValueError, "has no usable sample: 2 no such file.$")
     write_table(folder, [{"file_name": "long.mp4", "caption": ""}, {"file_name": "007", "caption": None}])
     refused(ValueError, "has no captions: the column 'caption' is empty in every row")
+    write_table(folder, [{"file_name": "long.mp4", "caption": ["a", "b"]}])
+    refused(ValueError, r"metadata.jsonl': the column 'caption' holds \['a', 'b'\], which is no text")
     (folder / "metadata.jsonl").write_text('{"file_name": "long.mp4", "caption')
     refused(ValueError, "metadata.jsonl' cannot be read as a table with rows: ")
     (folder / "metadata.jsonl").write_text("")

@@ -132,6 +132,12 @@ def test_what_does_not_fit_is_refused(pipeline_folder, singles, tmp_path, capsys
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"latents_std": None}))
     assert "has no latents_mean and latents_std" in refuse(vae=tmp_path / "vae", text_encoders=pipeline_folder)
 
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"layers_per_block": 3}))
+    assert "do not fit its config.json: `decoder." in refuse(vae=tmp_path / "vae", text_encoders=pipeline_folder)
+    file = singles["text_encoder"] / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"d_model": 40}))
+    assert "--text_encoder: no T5EncoderModel could be loaded from '" in refuse(**singles)
+
     output_dir.mkdir()
     with pytest.raises(OSError, match="--output_dir: '.*out' is there already; pass a new folder"):
         run(script, output_dir=output_dir, vae=vae, text_encoders=pipeline_folder)

@@ -21,7 +21,7 @@ from tests.training_examples.caches import make_cache
 from tests.training_examples.scripts import command_line, load_script, run
 
 
-STEPS = 12
+STEPS = 40
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(folder, un
             wait_for(lambda: any(output_dir.glob("partial-checkpoint-*")), process)
         else:
             wait_for(lambda: len(figures(log)) > before, process)  # noqa: B023
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.1))
         process.kill()
         kills += finish(process) == -signal.SIGKILL
         during_saves += any(output_dir.glob("partial-checkpoint-*"))

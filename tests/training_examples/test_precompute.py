@@ -315,6 +315,27 @@ def test_a_pattern_of_shards_one_of_which_is_cut_off(media, pipeline_folder, tmp
     assert f"{tmp_path / '1.tar'} (no header where the next file should begin)" in report
 
 
+def test_odd_names_and_captions(media, pipeline_folder, tmp_path):
+    content = (media / "a.png").read_bytes()
+    members = {"caf\xe9.png": content, "caf\xe9.txt": b"noise"}
+    members |= {"torn.png": content, "torn.json": b'{"caption": "half a \\ud83d"}'}
+    members |= {"two.png": content, "two.json": b'{"caption": ["noise", "more noise"]}'}
+    with tarfile.open(tmp_path / "odd.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    run(script, output_dir=tmp_path / "shards", data=tmp_path / "odd.tar", pipeline=pipeline_folder, **MEDIA)
+    assert [sample.name for sample in LatentCache([tmp_path / "shards"]).samples] == ["caf\ufffd.png"]
+    report = (tmp_path / "shards/report.txt").read_text(encoding="utf-8")
+    assert "skipped 1, unreadable caption: torn.png (" in report
+    assert "skipped 1, caption that is no text: two.png (['noise', 'more noise'])" in report
+
+    write_table(media, {"a.png": "noise", f"{'b' * 300}.png": "a long name"})
+    run(script, output_dir=tmp_path / "table", data=media, pipeline=pipeline_folder, **MEDIA)
+    assert "skipped 1, no such file: bbb" in (tmp_path / "table/report.txt").read_text()
+
+
 # --- Interruptions ------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +445,10 @@ def test_data_that_cannot_be_used_is_refused(media, pipeline_folder, tmp_path, c
     write_table(media, {"empty.mp4": "x", "short.mp4": "y"})
     line = refuse(capsys, **options | {"lengths": 12})
     assert "clips' has no usable sample: 1 empty file; 1 shorter than 12 frames at 24 frames a second." in line
+    write_archive(tmp_path / "none.tar", {})
+    line = refuse(capsys, **options | {"data": tmp_path / "none.tar"})
+    assert "none.tar' has no usable sample: it names no picture or film." in line
+    (tmp_path / "none.tar").unlink()
     assert "there is no archive" in refuse(capsys, **options | {"data": tmp_path / "*.tar"})
     assert "is no file or folder here" in refuse(capsys, **options | {"data": tmp_path / "nowhere"})
     assert "--pipeline: " in refuse(capsys, **options | {"pipeline": tmp_path})
@@ -437,6 +462,9 @@ def test_an_autoencoder_without_statistics_is_refused(pipeline_folder, tmp_path,
     (folder / "vae/config.json").write_text(json.dumps(config | {"latents_mean": None}))
     line = refuse(capsys, **TOYBOX | {"num_images": 1, "pipeline": folder, "output_dir": tmp_path / "cache"})
     assert "has no latents_mean and latents_std" in line
+    (folder / "vae/config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "latents_mean": [0.0]}))
+    line = refuse(capsys, **TOYBOX | {"num_images": 1, "pipeline": folder, "output_dir": tmp_path / "cache"})
+    assert "holds a AutoencoderKLWan; pass the folder of a AutoencoderKLMovieGen" in line
     assert not (tmp_path / "cache").exists()
 
 

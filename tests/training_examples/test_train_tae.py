@@ -14,6 +14,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from diffusers import AutoencoderKL
 from huggingface_hub import ModelCard
@@ -23,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox import pixels
 from diffusers_moviegen.toybox.vocabulary import is_held_out
+from diffusers_moviegen.training import TrainingStopped
 from tests.hub_server import WRITE_TOKEN, HubServer
 from tests.training.films import write_film
 from tests.training_examples.scripts import (
     EXAMPLES,
+    command_line,
     load_script,
     run,
     run_and_record_losses,
@@ -208,6 +211,12 @@ def test_trackers_get_every_loss(video_run):
     assert events.Scalars("loss")[-1].value == pytest.approx(parts, rel=1e-4)
 
 
+def test_the_adversary_learns_at_the_rate_of_the_autoencoder(video_run):
+    """The eighth of twelve steps, the first two of which warm up, is half-way down the cosine."""
+    optimizer = torch.load(video_run[0] / "checkpoint-8" / "optimizer_1.bin", weights_only=True)
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.5 * 1e-4)
+
+
 def test_held_out_scenes_are_for_validation_only(video_run):
     training, validation = [], []
     for in_validation, scenes, _ in video_run[1]:
@@ -232,7 +241,7 @@ def test_clips_start_from_the_inflated_image_model(script, image_run, tmp_path):
         stage="video",
         image_autoencoder=image_run / "vae",
         output_dir=tmp_path,
-        max_train_steps=2,
+        max_train_steps=1,
         learning_rate=0.0,
         **SMALL,
     )
@@ -370,7 +379,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_pa
         **ADVERSARY,
         "stage": "video",
         "image_autoencoder": image_run / "vae",
-        "max_train_steps": 8,
+        "max_train_steps": 6,
         "checkpointing_steps": 3,
     }
     if source == "media":
@@ -387,11 +396,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_pa
     assert not (tmp_path / "parts" / "vae").exists()
     arguments["resume_from_checkpoint"] = "latest"
     after = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "parts", **arguments)
-    assert (len(losses), len(before), len(after)) == (14, 9, 10)
+    assert (len(losses), len(before), len(after)) == (10, 9, 6)
     assert before == pytest.approx(losses[:9], abs=1e-6) and after == pytest.approx(losses[4:], abs=1e-6)
-    assert len({round(loss, 6) for loss in losses}) == 14
+    assert len({round(loss, 6) for loss in losses}) == 10
 
-    for file in ("vae/diffusion_pytorch_model.safetensors", "checkpoint-8/model_1.safetensors"):
+    for file in ("vae/diffusion_pytorch_model.safetensors", "checkpoint-6/model_1.safetensors"):
         same_weights(tmp_path / "whole" / file, tmp_path / "parts" / file)
     whole, parts = (AutoencoderKLMovieGen.from_pretrained(tmp_path / name / "vae") for name in ("whole", "parts"))
     assert parts.config.latents_mean == pytest.approx(whole.config.latents_mean, abs=1e-6)
@@ -439,7 +448,7 @@ def test_a_result_that_does_not_fit_the_disk_is_left_out(script, image_run, tmp_
     arguments = SMALL | {"stage": "video", "image_autoencoder": image_run / "vae", "max_train_steps": 1}
     with (
         monkeypatch.context() as patch,
-        pytest.raises(script.TrainingStopped, match="cannot be written to .* Make room"),
+        pytest.raises(TrainingStopped, match="cannot be written: .* make room"),
     ):
         patch.setattr(AutoencoderKLMovieGen, "save_pretrained", save_with_little_room)
         run(script, output_dir=tmp_path, **arguments)
@@ -588,6 +597,18 @@ def test_shards_are_streamed(script, image_run, clips, tmp_path, monkeypatch):
     AutoencoderKLMovieGen.from_pretrained(tmp_path / "run" / "vae")
 
 
+def test_a_mistake_found_by_the_first_step_is_one_line(script, image_run, tmp_path, capsys):
+    """Behind the progress bar it would be overlooked."""
+    tarfile.open(tmp_path / "empty.tar", "w").close()
+    arguments = SIZES | {"image_autoencoder": image_run / "vae", "data": tmp_path / "empty.tar", "num_workers": 0}
+    line = command_line(arguments | {"output_dir": tmp_path / "run"})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit) as exit_:
+        script.run_script(script.main, script.Arguments, line)
+    assert exit_.value.code == 2
+    assert re.search(r"^error: '.*empty.tar' fills no batch of 2.*\n\Z", capsys.readouterr().err, re.M)
+
+
 def test_a_damaged_validation_film_is_left_out(script, clips, tmp_path, caplog):
     """Its figures go on without it, whatever happens to a file after the start."""
     shutil.copytree(clips, tmp_path / "clips")
@@ -683,7 +704,7 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"lengths": 1}, r"--lengths \[1\]: a clip has 2 frames or more"),
         ({"lengths": [8, 9]}, "--toybox draws one size and length"),
         ({"aspect_ratios": [1, 1.5]}, "--toybox draws one size and length"),
-        ({"images_to_videos": [1]}, r"--images_to_videos \[1\]: pass two numbers of steps"),
+        ({"images_to_videos": [1]}, r"--images_to_videos is \[1\]: pass two numbers"),
         ({"images_to_videos": [1, 0]}, r"--images_to_videos \[1, 0\]: --stage video needs steps of clips"),
         ({"resolution": 4}, "--resolution, --aspect_ratios, --lengths: `resolution` must be at least"),
         ({"kl_weight": -1}, "--kl_weight is -1.0: it must be 0 or more"),
@@ -695,6 +716,19 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
             "--mixed_precision fp16 has one loss scale",
         ),
         ({"ema_decay": 1.5}, "--ema_decay is 1.5"),
+        ({"kl_weight": "nan"}, "--kl_weight is nan: it must be 0 or more"),
+        ({"discriminator_learning_rate": -1}, "--discriminator_learning_rate is -1.0: it must be 0 or more"),
+        ({"adversarial_start": -1}, "--adversarial_start is -1: it must be 0 or more"),
+        ({"discriminator_channels": 0}, "--discriminator_channels is 0: it must be at least 1"),
+        ({"frame_rate": 0}, "--frame_rate is 0.0: it must be above 0"),
+        ({"max_grad_norm": -1}, "--max_grad_norm is -1.0: it must be above 0"),
+        ({"layers_per_block": 0}, "--layers_per_block is 0: it must be at least 1"),
+        ({"norm_num_groups": 3}, r"--block_out_channels \[4, 4, 8, 8\]: use multiples of --norm_num_groups 3"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU"),
+        (
+            {"resolution": 8, "adversarial_weight": 1, "adversarial_start": 0},
+            "--resolution 8 gives sides of 8 pixels, and --adversarial_weight and --perceptual_features need 16",
+        ),
         ({"report_to": "paper"}, "--report_to: 'paper' is not installed, or no tracker"),
         ({"push_to_hub": True}, "--push_to_hub: pass the repository to push to"),
         ({"hub_model_id": "user/name"}, "--hub_model_id and --hub_private do nothing without --push_to_hub"),
@@ -717,6 +751,25 @@ def test_data_that_cannot_fill_a_batch_or_has_no_films_is_refused(script, clips,
     with pytest.raises(ValueError, match="has no videos to train --stage video on"):
         run(script, exclude=["film_*"], **arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_an_adversary_does_not_go_on_with_one(script, image_run, tmp_path):
+    """A new run goes on from its result instead."""
+    shutil.copytree(image_run / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    arguments = SMALL | ADVERSARY | {"stage": "image", "max_train_steps": 4}
+    for checkpoint in ("latest", tmp_path / "run" / "checkpoint-3"):
+        with pytest.raises(ValueError, match="of a run without an adversary: go on without, .* with --autoencoder"):
+            run(script, output_dir=tmp_path / "run", resume_from_checkpoint=checkpoint, **arguments)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-3"]
+    run(script, output_dir=tmp_path / "new", autoencoder=image_run / "vae", **arguments)
+    assert (tmp_path / "new" / "checkpoint-4" / "model_1.safetensors").is_file()
+
+
+def test_the_folder_of_another_run_is_refused(script, image_run):
+    before = (image_run / "arguments.json").read_text()
+    with pytest.raises(ValueError, match="--output_dir: .* has checkpoint-3 of another run"):
+        run(script, stage="image", output_dir=image_run, max_train_steps=1, **SMALL)
+    assert (image_run / "arguments.json").read_text() == before
 
 
 def test_sharding_is_refused(script, tmp_path, monkeypatch):

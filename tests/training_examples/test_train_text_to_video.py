@@ -26,6 +26,7 @@ from diffusers_moviegen import FlowMatchLinearQuadraticScheduler, MovieGenPipeli
 from diffusers_moviegen.training import (
     BucketSampler,
     LatentCache,
+    TrainingStopped,
     draw_flow_batch,
     flow_loss,
     parse_arguments,
@@ -383,10 +384,8 @@ def test_a_full_disk_leaves_the_earlier_result(script, small, tmp_path, monkeypa
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(script, "save_result", save_on_a_full_disk)
-    with pytest.raises(
-        OSError, match="pipeline' cannot be written: .*; make room and resume from the last checkpoint"
-    ):
-        run(script, output_dir=tmp_path, **small)
+    with pytest.raises(TrainingStopped, match="pipeline' cannot be written: .*; make room and go on with --resume"):
+        run(script, output_dir=tmp_path, resume_from_checkpoint="latest", **small)
     assert {path: path.read_bytes() for path in (tmp_path / "pipeline").rglob("*") if path.is_file()} == before
     assert not list(tmp_path.glob("partial-*"))
 
@@ -470,6 +469,7 @@ def test_trackers_go_on_after_a_resume(script, small, caches, tmp_path, capsys):
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "train_text_to_video")).Reload()
     losses = events.Scalars("loss")
     assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("learning_rate")] == [1, 2, 3, 4, 5, 6]
     means = [(first.value + second.value) / 2 for first, second in zip(losses[::2], losses[1::2], strict=True)]
     assert means == pytest.approx([line["loss"] for line in lines])
     for name in ("validation_loss", "skipped_steps", "seconds"):
@@ -505,7 +505,12 @@ def test_trains_without_av_and_datasets(small, caches, tmp_path):
         ({"prompt_dropout": 1.5}, "--prompt_dropout is 1.5: it must be from 0 to 1"),
         ({"ema_decay": 1.0}, "--ema_decay is 1.0: it must be at least 0 and below 1"),
         ({"learning_rate": -1.0}, "--learning_rate is -1.0: it must be at least 0"),
-        ({"min_learning_rate": 1.0}, "--min_learning_rate is above --learning_rate"),
+        ({"learning_rate": "nan"}, "--learning_rate is nan: it must be at least 0 and finite"),
+        ({"min_learning_rate": 1.0}, "--min_learning_rate is 1.0: it must be from 0 to --learning_rate, 0.0001"),
+        ({"min_learning_rate": 1e-5}, "--min_learning_rate does nothing without --lr_scheduler halve_on_plateau"),
+        ({"max_shard_size": "large"}, "--max_shard_size is 'large': pass a size such as 10GB"),
+        ({"guidance_scale": "nan"}, "--guidance_scale is nan: pass a number"),
+        ({"frame_rate": "inf"}, "--frame_rate is inf: it must be above 0"),
         ({"max_grad_norm": 0.0}, "--max_grad_norm is 0.0: it must be above 0"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU, .* pass bf16 or no"),
         ({"num_validation_samples": -1}, "--num_validation_samples is -1: pass 0"),
@@ -534,6 +539,18 @@ def test_mistakes_end_with_one_line_and_code_2(script, small, tmp_path, capfd):
     assert exit_.value.code == 2
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert line == "error: --data: 'missing' is no latent cache; precompute.py makes one."
+
+
+def test_a_run_does_not_replace_another(script, small, tmp_path):
+    run(script, output_dir=tmp_path, **small)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=f"--output_dir: '{tmp_path}' has checkpoint-4 of another run; go on with"):
+        run(script, output_dir=tmp_path, **small | {"max_train_steps": 5})
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    # The result would take the place of the very folder that the frozen models come from.
+    with pytest.raises(ValueError, match=f"--output_dir: '{tmp_path / 'pipeline'}' is there already, and would be"):
+        run(script, output_dir=tmp_path, **small | {"pipeline": tmp_path / "pipeline"})
 
 
 def test_a_backbone_that_does_not_fit_is_refused(script, small, frozen, tmp_path):
@@ -580,7 +597,7 @@ def test_caches_of_other_models_are_refused(script, small, frozen, tmp_path):
     with pytest.raises(ValueError, match="--data: .*images' was made with text_encoder.weights .* in '.*other'"):
         run(script, output_dir=tmp_path / "run", **small | {"pipeline": other})
     (other / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
-    with pytest.raises(ValueError, match="--pipeline: .* is a WanPipeline; pass a MovieGenPipeline"):
+    with pytest.raises(OSError, match="--pipeline: .* holds a WanPipeline; pass a MovieGenPipeline"):
         run(script, output_dir=tmp_path / "run", **small | {"pipeline": other})
     assert not (tmp_path / "run").exists()
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from diffusers_moviegen import (
     MovieGenTransformer3DModel,
     bundled_checkpoint,
 )
-from diffusers_moviegen.training import LatentCache, run_script, validation_flow_loss
+from diffusers_moviegen.training import LatentCache, TrainingStopped, run_script, validation_flow_loss
 from tests import tiny
 from tests.hub_server import WRITE_TOKEN, HubServer
 from tests.training_examples.caches import make_cache
@@ -318,6 +319,9 @@ def test_a_checkpoint_of_something_else_is_refused(script, small, tmp_path):
     [
         ({"lora_rank": 0}, "--lora_rank is 0: it must be at least 1"),
         ({"lora_alpha": 0}, "--lora_alpha is 0.0: it must be above 0"),
+        ({"lora_alpha": "nan"}, "--lora_alpha is nan: it must be above 0"),
+        ({"data": "a", "validation_data": "./a/"}, "--validation_data: './a/' is trained on"),
+        ({"mixed_precision": "fp16"}, "--mixed_precision fp16 needs a GPU, .* pass bf16 or no"),
         ({"lora_target_modules": ["to_q", "query"]}, "no linear layer 'query'; it has .*to_out.0, to_q"),
         ({"train_batch_size": 50}, "--data, --train_batch_size, --images_to_videos: no bucket has the 50 samples"),
         ({"prompt_dropout": 1.5}, "--prompt_dropout is 1.5: it must be from 0 to 1"),
@@ -338,6 +342,31 @@ def test_mistakes_are_named(script, small, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_full_disk_leaves_the_earlier_result(script, small, tmp_path, monkeypatch):
+    run(script, output_dir=tmp_path, **small)
+    before = {path: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    save_adapter, limits = script.save_adapter, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(*arguments):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_adapter(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(script, "save_adapter", save_on_a_full_disk)
+    with pytest.raises(TrainingStopped, match="lora' cannot be written: .*; make room and go on with --resume"):
+        run(script, output_dir=tmp_path, resume_from_checkpoint="latest", **small)
+    assert {path: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def test_a_run_does_not_replace_another(script, small, tmp_path):
+    (tmp_path / "run" / "lora").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--output_dir: '.*run/lora' is there already, and would be replaced"):
+        run(script, output_dir=tmp_path / "run", **small)
+
+
 def test_pipelines_that_do_not_fit_are_refused(script, small, base, tmp_path):
     def refused(folder, message):
         with pytest.raises((ValueError, OSError), match=message) as error:
@@ -354,7 +383,7 @@ def test_pipelines_that_do_not_fit_are_refused(script, small, base, tmp_path):
     sound = shutil.copytree(base, tmp_path / "sound")
     index = json.loads((base / "model_index.json").read_text())
     (sound / "model_index.json").write_text(json.dumps(index | {"_class_name": "SoundPipeline"}))
-    refused(sound, "--pipeline: '.*sound' is a SoundPipeline; pass a MovieGenPipeline")
+    refused(sound, "--pipeline: '.*sound' holds a SoundPipeline; pass a MovieGenPipeline")
     short = shutil.copytree(base, tmp_path / "short")
     config = dict(tiny.tiny_transformer().config) | {"max_grid_size": (1, 4, 4)}
     MovieGenTransformer3DModel.from_config(config).save_pretrained(short / "transformer")
@@ -425,7 +454,8 @@ def test_trackers_go_on_after_a_resume(script, small, caches, tmp_path):
     run(script, **arguments)
     run(script, **arguments | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "train_text_to_video_lora")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "learning_rate"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("validation_loss")] == [4, 6]
 
 

@@ -1,0 +1,75 @@
+"""What the scripts that train on latent caches read before the first step."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from .buckets import BucketSampler
+from .latent_cache import LatentCache, find_pipeline, first_difference
+from .media_loaders import BucketLoader
+
+
+def load_caches(
+    accelerator: Accelerator, pipeline: str, data: list[str], validation_data: list[str]
+) -> tuple[Path, LatentCache, LatentCache | None]:
+    """Caches to train on and, if any, to validate on, checked against each other and the models they were made with.
+
+    Args:
+        accelerator: whose main process reads the weights of the frozen models, to compare them.
+        pipeline: folder or Hub id of a `MovieGenPipeline`, with or without a backbone.
+        data, validation_data: folders that precompute.py wrote; none to validate on are needed.
+
+    Returns:
+        The folder of the pipeline, the cache to train on, and the one to validate on or None.
+
+    Raises:
+        OSError: if there is no such pipeline, or a folder is no finished cache.
+        ValueError: if a folder is in both lists, or if a cache was made with other models.
+    """
+    trained_on = {Path(folder).resolve() for folder in data}
+    for folder in validation_data:
+        if Path(folder).resolve() in trained_on:
+            raise ValueError(f"--validation_data: '{folder}' is trained on; pass samples that are not in --data.")
+    frozen = find_pipeline(pipeline)
+    cache, validation_cache = LatentCache(data), None
+    if validation_data:
+        try:
+            validation_cache = LatentCache(validation_data)
+        except (OSError, ValueError) as error:
+            raise type(error)("--validation_data" + str(error).removeprefix("--data")) from error
+        difference = first_difference(cache.fingerprint["models"], validation_cache.fingerprint["models"])
+        if difference is not None:
+            raise ValueError(
+                f"--validation_data: '{data[0]}' and '{validation_data[0]}' are of different models, {difference}: "
+                "precompute both with one pipeline."
+            )
+    if accelerator.is_main_process:
+        cache.check_models(frozen)
+    return frozen, cache, validation_cache
+
+
+def cache_loader(
+    accelerator: Accelerator,
+    cache: LatentCache,
+    train_batch_size: int,
+    images_to_videos: list[int],
+    seed: int,
+    num_workers: int,
+) -> BucketLoader:
+    """The batches of this process, of the same shape as those of the others.
+
+    Raises:
+        ValueError: if no bucket has samples enough for a batch on every process.
+    """
+    try:
+        sampler = BucketSampler(
+            [sample.bucket for sample in cache.samples],
+            train_batch_size,
+            seed=seed,
+            images_to_videos=tuple(images_to_videos),
+            rank=accelerator.process_index,
+            num_replicas=accelerator.num_processes,
+        )
+    except ValueError as error:
+        raise ValueError(f"--data, --train_batch_size, --images_to_videos: {error}") from error
+    return BucketLoader(cache, sampler, num_workers)
