@@ -53,14 +53,14 @@ def parse_arguments(arguments_class: type, argv: Sequence[str] | None = None) ->
 
     Raises:
         OSError: if there is no such file.
-        ValueError: if the file is no mapping of options to values, or an option's value is out of range.
-        SystemExit: with code 2 and a usage message, if options are unknown, missing or of the wrong type.
+        ValueError: if the file is no mapping of options to values, if options are unknown, missing or of the wrong
+            type, or if a value is out of range.
     """
-    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
+    parser = _Parser(arguments_class, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="options by name; the command line overrules them")
     argv = list(sys.argv[1:] if argv is None else argv)
     # Required options may be in the file, so it is looked for before anything is parsed.
-    finder = HfArgumentParser((), add_help=False, allow_abbrev=False)
+    finder = _Parser((), add_help=False, allow_abbrev=False)
     finder.add_argument("--config")
     config_file = finder.parse_known_args(argv)[0].config
     if config_file is not None:
@@ -70,12 +70,20 @@ def parse_arguments(arguments_class: type, argv: Sequence[str] | None = None) ->
     return arguments_class(**namespace)
 
 
+class _Parser(HfArgumentParser):
+    """Raises what argparse would print with a usage message of many lines."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help.")
+
+
 def _read_config(path: Path, parser: HfArgumentParser) -> list[str]:
     """The options of a YAML file as a command line has them."""
     if not path.is_file():
         raise OSError(f"--config: there is no file '{path}'.")
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # All values as they are written: YAML itself takes `no` for a truth value.
+        options = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: '{path}' is not valid YAML: {error}") from error
     if not isinstance(options, dict):
@@ -86,7 +94,7 @@ def _read_config(path: Path, parser: HfArgumentParser) -> list[str]:
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"--config: '{path}' has the option '{name}', which this script does not; see --help.")
-        if value is None:
+        if value in ("", "null", "~"):
             continue
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) for item in values):
@@ -151,6 +159,12 @@ def check_model_folder(argument: str, folder: str, model_class: type[ModelMixin]
     config_file = Path(folder) / "config.json"
     if not config_file.is_file():
         raise OSError(f"--{argument}: '{folder}' has no config.json; pass the folder of a {model_class.__name__}.")
-    found = json.loads(config_file.read_text()).get("_class_name")
+    try:
+        found = json.loads(config_file.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise OSError(
+            f"--{argument}: '{config_file}' is no configuration of a model; pass the folder of a "
+            f"{model_class.__name__}."
+        ) from error
     if found != model_class.__name__:
         raise OSError(f"--{argument}: '{folder}' holds a {found}; pass the folder of a {model_class.__name__}.")

@@ -44,5 +44,5 @@ def end_training(accelerator: Accelerator) -> None:
     """
     if dist.is_initialized():
         # Long enough for the thread to have had its turn.
-        time.sleep(0.2)
+        time.sleep(0.5)
     accelerator.end_training()

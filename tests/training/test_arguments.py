@@ -71,6 +71,10 @@ def test_model_folders_are_of_the_class_asked_for(tmp_path):
             check_model_folder("vae", str(tmp_path / folder), AutoencoderKLMovieGen)
     with pytest.raises(OSError, match="--vae: '.*vae' holds a AutoencoderKLMovieGen; .* of a AutoencoderKL\\."):
         check_model_folder("vae", str(tmp_path / "run" / "vae"), AutoencoderKL)
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "run" / "vae" / "config.json").write_text(content)
+        with pytest.raises(OSError, match="--vae: '.*config.json' is no configuration of a model"):
+            check_model_folder("vae", str(tmp_path / "run" / "vae"), AutoencoderKLMovieGen)
 
 
 @dataclass
@@ -120,6 +124,14 @@ def test_file_sets_options_and_the_command_line_overrules_it(tmp_path):
         ("max_grid_size: [[1, 2]]\n", "gives 'max_grid_size' something nested"),
         ("prompt: {a: b}\n", "gives 'prompt' something nested"),
         ("output_dir: a\nnum_frames: 0\n", "--num_frames is 0"),
+        (
+            "output_dir: a\nmax_grid_size: 1, 2\n",
+            "argument --max_grid_size/--max-grid-size: invalid int value: '1, 2'",
+        ),
+        (
+            "output_dir: a\nmax_grid_size: []\n",
+            "argument --max_grid_size/--max-grid-size: expected at least one argument",
+        ),
     ],
 )
 def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, text, message):
@@ -131,19 +143,32 @@ def test_wrong_files_are_one_line_and_exit_code_2(tmp_path, capsys, text, messag
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "message"),
     [
-        [],
-        ["--output_dir", "a", "--unknown", "1"],
-        ["--output_dir", "a", "--num_frame", "1"],
-        ["--output_dir", "a", "--num_frames", "many"],
-        ["--output_dir", "a", "--schedule", "linear"],
+        ([], "the following arguments are required: --output_dir/--output-dir; see --help."),
+        (["--output_dir", "a", "--unknown", "1"], "unrecognized arguments: --unknown 1; see --help."),
+        (["--output_dir", "a", "--num_frame", "1"], "unrecognized arguments: --num_frame 1; see --help."),
+        (
+            ["--output_dir", "a", "--num_frames", "many"],
+            "argument --num_frames/--num-frames: invalid int value: 'many'; see",
+        ),
+        (["--output_dir", "a", "--schedule", "linear"], "argument --schedule: invalid choice: 'linear'"),
+        (["--output_dir", "a", "--config"], "argument --config: expected one argument; see --help."),
     ],
 )
-def test_wrong_options_exit_with_code_2(argv, capsys):
+def test_wrong_options_are_one_line_and_exit_code_2(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(print, Arguments, argv)
-    assert stop.value.code == 2 and capsys.readouterr().out == ""
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.startswith(f"error: {message}") and output.err.count("\n") == 1
+
+
+def test_no_is_a_word(tmp_path):
+    """YAML itself takes it for a truth value, which `--mixed_precision` is not."""
+    config = write_config(tmp_path, "output_dir: no\nprompt: on\nprivate: yes\nlearning_rate: 1e-4\n")
+    args = parse_arguments(Arguments, ["--config", config])
+    assert args == Arguments("no", prompt="on", private=True, learning_rate=1e-4)
 
 
 def test_missing_file_is_named(tmp_path, capsys):

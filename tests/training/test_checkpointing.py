@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
@@ -23,6 +22,7 @@ from diffusers_moviegen.training import (
     RunState,
     StopSignal,
     TrainingStopped,
+    end_training,
     exchange,
     latest_checkpoint,
     restore_checkpoint,
@@ -257,8 +257,7 @@ def fill_the_disk(rank: int, num_processes: int, folder: Path, full_for: int, li
         "exchanged": exchange(run.accelerator, torch.tensor(1.0 + rank, dtype=torch.bfloat16), rank == 1),
     }
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    if num_processes > 1:
-        dist.destroy_process_group()
+    end_training(run.accelerator)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -21,6 +23,8 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
         for step, loss in enumerate(losses, start=first_step + 1):
             accelerator.log({"loss": loss}, step=step)
         accelerator.end_training()
+        # TensorBoard sorts the files of a run by the second that they were made in.
+        time.sleep(1.1)
     events = event_accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == list(
         enumerate([1.0, 2.0, 3.0, 40.0, 50.0, 60.0], start=1)
