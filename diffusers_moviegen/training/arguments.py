@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def run_script(main: Callable[[Any], None], arguments_class: type, argv: Sequenc
         main(parse_arguments(arguments_class, argv))
     except (OSError, SafetensorError, ValueError, TrainingStopped) as error:
         logger.debug("traceback of the error below", exc_info=True)
+        # Ends the processes that read data, which the frames of `main` would keep until after the exit.
+        traceback.clear_frames(error.__traceback__)
         # Some of the libraries' messages run over several lines.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1 if isinstance(error, TrainingStopped) else 2)

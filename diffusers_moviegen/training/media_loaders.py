@@ -7,6 +7,7 @@ for batch in loader: ...
 """
 
 import hashlib
+import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -23,19 +24,25 @@ from .media_dataset import MediaDataset, MediaError, MediaReport, MediaStream, c
 
 logger = logging.get_logger(__name__)
 
+GRACE_SECONDS = 30
+"""How long workers outlive SIGTERM: as long as most schedulers wait before they kill."""
+
 
 def _as_it_is(item: Any) -> Any:
     """Instead of the default of a `DataLoader`, which changes the types of what it passes on."""
     return item
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Leaves it to the process that trains to end a worker.
+def _outlive_sigterm(worker_id: int) -> None:
+    """Lets a worker go on for a while after SIGTERM.
 
-    Schedulers send SIGTERM to all processes of a job, and the one that saves a checkpoint then may still wait for a
-    batch. A worker whose parent is gone ends by itself.
+    Schedulers send it to all processes of a job, and the one that saves a checkpoint then may still wait for a batch.
+    But Python sends it too, to workers that are left when it exits, and waits for their end.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+        # Without an error, which would be raised in the process that trains.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 class _Steps(torch.utils.data.Dataset):

@@ -186,7 +186,8 @@ def test_a_loss_that_is_not_finite_costs_one_step(folder, monkeypatch, capsys):
 
 def test_ten_losses_in_a_row_that_are_not_finite_end_the_run(folder):
     log = folder / "diverged.log"
-    arguments = options(folder, folder / "diverged", learning_rate=1e30, max_train_steps=30)
+    # The workers that read batches end with the run.
+    arguments = options(folder, folder / "diverged", learning_rate=1e30, max_train_steps=30, num_workers=2)
     assert finish(start(train, log, arguments)) == 1, stderr(log)
     (error,) = errors(log)
     assert "10 steps in a row were not finite" in error and "--learning_rate" in error
