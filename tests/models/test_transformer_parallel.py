@@ -1,6 +1,5 @@
 """Two processes on the CPU (gloo) compute what one does: sharded weights (FSDP2) and split sequences (Ulysses)."""
 
-import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import ParallelismConfig
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
@@ -21,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from diffusers_moviegen.models.transformer_moviegen import MovieGenTransformer3DModel, MovieGenTransformerBlock
+from tests.processes import run_processes
 from tests.training_examples.accelerate_configs import launch_arguments
 
 
@@ -197,7 +196,6 @@ def split_sequence(rank: int, length: str, checkpointing: bool) -> dict[str, tor
 
 
 def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -214,20 +212,13 @@ def run_process(rank: int, folder: Path) -> None:
             for key, value in split_sequence(rank, length, checkpointing).items():
                 results[f"{length}.{checkpointing}.{key}"] = value
     save_file({name: value.contiguous() for name, value in results.items()}, folder / f"{rank}.safetensors")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The results of both processes, which start once for all tests, since starting them is what takes time."""
     folder = tmp_path_factory.mktemp("two_processes")
-    deadline = time.monotonic() + TIMEOUT
-    context = mp.spawn(run_process, args=(folder,), nprocs=PROCESSES, join=False, daemon=True)
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"The processes were not done after {TIMEOUT} s.")
+    run_processes(run_process, folder, num_processes=PROCESSES, timeout=TIMEOUT)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(PROCESSES)]
 
 

@@ -1,14 +1,12 @@
 """Moving averages of weights: on one process, and on two that share (DDP) or shard (FSDP2) them."""
 
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from diffusers_moviegen.training import ShardedEMA
+from tests.processes import run_processes
 from tests.training.fsdp_on_cpu import enable_fsdp_on_cpu
 
 
@@ -243,7 +242,6 @@ def train_in_layout(sharded: bool, folder: Path, checkpoint: Path) -> dict[str, 
 
 
 def run_process(rank: int, folder: Path, checkpoint: Path) -> None:
-    torch.set_num_threads(1)
     processes = str(PROCESSES)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes)
     dist.init_process_group(
@@ -258,20 +256,13 @@ def run_process(rank: int, folder: Path, checkpoint: Path) -> None:
         save_file(
             {name: value.contiguous() for name, value in results.items()}, folder / f"{layout}-{rank}.safetensors"
         )
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, trained) -> Path:
     """The folder that both processes wrote; they start once, since starting them is what takes time."""
     folder = tmp_path_factory.mktemp("two_processes")
-    deadline = time.monotonic() + TIMEOUT
-    context = mp.spawn(run_process, args=(folder, trained[0]), nprocs=PROCESSES, join=False, daemon=True)
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"The processes were not done after {TIMEOUT} s.")
+    run_processes(run_process, folder, trained[0], num_processes=PROCESSES, timeout=TIMEOUT)
     return folder
 
 

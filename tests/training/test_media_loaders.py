@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from PIL import Image
 
@@ -25,10 +23,10 @@ from diffusers_moviegen.training import (
     restore_checkpoint,
     save_checkpoint,
 )
+from tests.processes import run_processes
 from tests.training.films import grey_frames, numbers, quarters, write_film
 
 
-ROOT = Path(__file__).parents[2]
 SMALL = Buckets(resolution=32, lengths=(4, 8))
 
 
@@ -224,44 +222,21 @@ def test_a_stream_without_a_batch_ends_in_an_error(shards):
         stream_loader(shards, batch_size=0)
 
 
-PROGRAM = """
-import json
-import sys
-import torch.distributed as dist
-from diffusers_moviegen.training import Buckets, MediaStream, StreamLoader
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-stream = MediaStream(f"{folder}/*.tar", 24, Buckets(resolution=32, lengths=(4, 8)), rank=rank, num_replicas=2)
-loader = StreamLoader(stream, 2)
-batches = []
-for batch in loader:
-    if loader.epoch == 1:
-        break
-    batches.append([list(batch["video"].shape), batch["name"]])
-left = {str(bucket): count for bucket, count in loader.leftovers.items()}
-print(json.dumps({"batches": batches, "left": left}))
-dist.destroy_process_group()
-"""
+def stream_an_epoch(rank: int, shards: Path, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    loader = stream_loader(shards, rank=rank, num_replicas=2)
+    batches = []
+    for batch in loader:
+        if loader.epoch == 1:
+            break
+        batches.append([list(batch["video"].shape), batch["name"]])
+    left = {str(bucket): count for bucket, count in loader.leftovers.items()}
+    (folder / f"{rank}.json").write_text(json.dumps({"batches": batches, "left": left}))
 
 
-def test_two_ranks_have_the_same_shape_at_the_same_step(shards):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(shards), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    results = []
-    for process in processes:
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        results.append(json.loads(output.splitlines()[-1]))
+def test_two_ranks_have_the_same_shape_at_the_same_step(shards, tmp_path):
+    run_processes(stream_an_epoch, shards, tmp_path)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     shapes = [[shape for shape, _ in result["batches"]] for result in results]
     assert shapes[0] == shapes[1]
     names = [name for result in results for _, names in result["batches"] for name in names]

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from diffusers_moviegen import MovieGenPipeline
 from diffusers_moviegen.training import parse_arguments
+from tests.processes import run_processes
 from tests.tiny import tiny_pipeline
 from tests.training.fsdp_on_cpu import enable_fsdp_on_cpu
 from tests.training_examples.accelerate_configs import launch_arguments
@@ -105,7 +105,6 @@ def train(rank: int, folder: Path, name: str, sharded: bool, **changes) -> dict:
 
 
 def run_process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -142,13 +141,7 @@ def run_process(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(folder) -> list[dict]:
     """What both processes saw in every run; they start once, since starting them is what takes time."""
-    deadline = time.monotonic() + TIMEOUT
-    context = mp.spawn(run_process, args=(folder,), nprocs=PROCESSES, join=False, daemon=True)
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"The processes were not done after {TIMEOUT} s.")
+    run_processes(run_process, folder, num_processes=PROCESSES, timeout=TIMEOUT)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 
