@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -122,15 +123,17 @@ class MovieGenTemporalConv1d(nn.Conv1d):
     identity (Movie Gen, temporal autoencoder).
 
     Args:
-        channels (`int`): Number of input and output channels.
+        channels (`int`): Number of input channels, and of output channels for each phase.
         stride (`int`, defaults to 1): 1, or 2 to keep every other frame; `T` frames become `ceil(T / stride)`.
+        phases (`int`, defaults to 1): How many outputs, each with a kernel of its own, a frame has.
     """
 
-    def __init__(self, channels: int, stride: int = 1):
-        super().__init__(channels, channels, kernel_size=3, stride=stride)
+    def __init__(self, channels: int, stride: int = 1, phases: int = 1):
+        self.phases = phases
+        super().__init__(channels, phases * channels, kernel_size=3, stride=stride)
 
     def reset_parameters(self) -> None:
-        nn.init.dirac_(self.weight)
+        nn.init.dirac_(self.weight, groups=self.phases)
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
@@ -140,7 +143,7 @@ class MovieGenTemporalConv1d(nn.Conv1d):
             num_frames (`int`): Frames a clip.
 
         Returns:
-            `torch.Tensor` of shape `(batch * ceil(num_frames / stride), channels, height, width)`.
+            `torch.Tensor` of shape `(batch * ceil(num_frames / stride), phases * channels, height, width)`.
         """
         if num_frames == 1:
             # All three taps read the same frame.
@@ -276,24 +279,39 @@ class MovieGenVaeUpsample(nn.Module):
     """
     Doubles height and width, then the number of frames: nearest neighbour followed by a convolution, for each.
 
-    A single frame stays single. Nothing tells its copies apart (convolutions replicate at the ends and attention has
-    no positions), so all frames decoded from one latent frame are equal and are computed once.
+    With `subpixel`, the two frames made of one have a temporal kernel each instead (sub-pixel convolution, Shi et al.,
+    2016, along time). After nearest neighbour they share one, so that they can differ only where the frame differs
+    from its neighbours: a motion that repeats from one latent frame to the next cannot be told from none.
+
+    Args:
+        channels (`int`): Number of channels.
+        subpixel (`bool`, defaults to `False`): Which of the two.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, subpixel: bool = False):
         super().__init__()
+        self.subpixel = subpixel
         self.conv = MovieGenConv2Plus1d(channels, channels)
+        if subpixel:
+            self.conv.temporal = MovieGenTemporalConv1d(channels, phases=2)
 
-    def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, num_frames: int, still: bool = False) -> torch.Tensor:
+        """With `still` the number of frames, which is 1, stays: only the first frame is computed."""
         hidden_states = F.interpolate(hidden_states, scale_factor=2.0, mode="nearest")
         hidden_states = self.conv.spatial(hidden_states)
-        if num_frames > 1:
-            # Each frame twice in a row. Unlike repeat_interleave, this keeps the channels-last memory.
-            frames = hidden_states.permute(0, 2, 3, 1)
-            frames = torch.cat([frames, frames], dim=1).unflatten(1, (2, -1)).flatten(0, 1)
-            hidden_states = frames.permute(0, 3, 1, 2)
-            num_frames = 2 * num_frames
-        return self.conv.temporal(hidden_states, num_frames)
+        if not self.subpixel:
+            if still:
+                return self.conv.temporal(hidden_states, num_frames)
+            return self.conv.temporal(self._interleave(hidden_states, hidden_states), 2 * num_frames)
+        first, second = self.conv.temporal(hidden_states, num_frames).chunk(2, dim=1)
+        return first if still else self._interleave(first, second)
+
+    @staticmethod
+    def _interleave(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        # Unlike repeat_interleave or stack, this keeps the channels-last memory.
+        first, second = (frames.permute(0, 2, 3, 1) for frames in (first, second))
+        frames = torch.cat([first, second], dim=1).unflatten(1, (2, -1)).flatten(0, 1)
+        return frames.permute(0, 3, 1, 2)
 
 
 class MovieGenVaeMidBlock(nn.Module):
@@ -338,7 +356,15 @@ class MovieGenVaeDownBlock(nn.Module):
 class MovieGenVaeUpBlock(nn.Module):
     """ResNet blocks, then (but at the last level) an up-sampling by two in time, height and width."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_layers: int, norm_num_groups: int, add_upsample: bool):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        norm_num_groups: int,
+        add_upsample: bool,
+        subpixel: bool = False,
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(
             [
@@ -346,13 +372,13 @@ class MovieGenVaeUpBlock(nn.Module):
                 for i in range(num_layers)
             ]
         )
-        self.upsamplers = nn.ModuleList([MovieGenVaeUpsample(out_channels)]) if add_upsample else None
+        self.upsamplers = nn.ModuleList([MovieGenVaeUpsample(out_channels, subpixel)]) if add_upsample else None
 
-    def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, num_frames: int, still: bool = False) -> torch.Tensor:
         for resnet in self.resnets:
             hidden_states = resnet(hidden_states, num_frames)
         if self.upsamplers is not None:
-            hidden_states = self.upsamplers[0](hidden_states, num_frames)
+            hidden_states = self.upsamplers[0](hidden_states, num_frames, still)
         return hidden_states
 
 
@@ -407,7 +433,7 @@ class MovieGenVaeDecoder(nn.Module):
     """
     Latent frames `(batch * T', latent_channels, H', W')` to frames `(batch * T, out_channels, 8 H', 8 W')`.
 
-    `T = 8 T'`, but a single latent frame gives a single frame: its eight copies would be equal.
+    `T = 8 T'`; a single latent frame can also be decoded to its first frame alone, a still picture.
     """
 
     def __init__(
@@ -417,6 +443,7 @@ class MovieGenVaeDecoder(nn.Module):
         block_out_channels: tuple[int, ...],
         layers_per_block: int,
         norm_num_groups: int,
+        subpixel: bool = False,
     ):
         super().__init__()
         reversed_channels = block_out_channels[::-1]
@@ -430,6 +457,7 @@ class MovieGenVaeDecoder(nn.Module):
                     num_layers=layers_per_block + 1,
                     norm_num_groups=norm_num_groups,
                     add_upsample=i < len(block_out_channels) - 1,
+                    subpixel=subpixel,
                 )
                 for i, channels in enumerate(reversed_channels)
             ]
@@ -438,7 +466,7 @@ class MovieGenVaeDecoder(nn.Module):
         self.conv_out = MovieGenConv2Plus1d(block_out_channels[0], out_channels)
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, num_frames: int) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, num_frames: int, still: bool = False) -> torch.Tensor:
         use_checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
         hidden_states = self.conv_in(hidden_states, num_frames)
         if use_checkpointing:
@@ -447,10 +475,10 @@ class MovieGenVaeDecoder(nn.Module):
             hidden_states = self.mid_block(hidden_states, num_frames)
         for block in self.up_blocks:
             if use_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, num_frames)
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, num_frames, still)
             else:
-                hidden_states = block(hidden_states, num_frames)
-            if block.upsamplers is not None and num_frames > 1:
+                hidden_states = block(hidden_states, num_frames, still)
+            if block.upsamplers is not None and not still:
                 num_frames = 2 * num_frames
         return self.conv_out(F.silu(self.conv_norm_out(hidden_states)), num_frames)
 
@@ -464,7 +492,8 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
     The model is not causal, and its normalisation statistics are those of single frames. The latents it returns and
     takes are unscaled: pipelines and trainers apply `(latents - latents_mean) / latents_std`.
 
-    All frames decoded from a single latent frame are equal, so a clip needs more than eight frames to show motion.
+    With `temporal_upsample_type="nearest"`, as in the paper, all frames decoded from a single latent frame are equal,
+    so a clip needs more than eight frames to show motion.
 
     Args:
         in_channels (`int`, defaults to 3): Number of channels of the input.
@@ -476,6 +505,10 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
         layers_per_block (`int`, defaults to 2): ResNet blocks a level in the encoder; the decoder has one more.
         norm_num_groups (`int`, defaults to 32): Groups of the normalisations; divides every entry of
             `block_out_channels`.
+        temporal_upsample_type (`str`, defaults to `"nearest"`):
+            How the decoder doubles the number of frames: `"nearest"` repeats each one before a temporal convolution,
+            as in the paper; `"subpixel"` has a temporal kernel for each of the two frames. Only the latter can decode
+            a motion that is the same in all latent frames, such as a wheel that turns as far in each.
         latents_mean (`list[float]`, *optional*): Mean of each latent channel over the training set; `None` is 0.
         latents_std (`list[float]`, *optional*): Standard deviation of each latent channel; `None` is 1.
     """
@@ -495,13 +528,17 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
         norm_num_groups: int = 32,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        temporal_upsample_type: str = "nearest",
     ):
         super().__init__()
+        if temporal_upsample_type not in ("nearest", "subpixel"):
+            raise ValueError(f"`temporal_upsample_type` is {temporal_upsample_type!r}: use 'nearest' or 'subpixel'.")
+        subpixel = temporal_upsample_type == "subpixel"
         self.encoder = MovieGenVaeEncoder(
             in_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups
         )
         self.decoder = MovieGenVaeDecoder(
-            latent_channels, out_channels, block_out_channels, layers_per_block, norm_num_groups
+            latent_channels, out_channels, block_out_channels, layers_per_block, norm_num_groups, subpixel
         )
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
@@ -584,11 +621,14 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
         moments = self.quant_conv(self.encoder(hidden_states, x.shape[2]))
         return unfold_frames(moments, latent_frames)
 
-    def _decode_tile(self, z: torch.Tensor) -> torch.Tensor:
+    def _decode_tile(self, z: torch.Tensor, is_image: bool) -> torch.Tensor:
         latent_frames = z.shape[2]
         hidden_states = fold_frames(z).contiguous(memory_format=torch.channels_last)
-        sample = self.decoder(self.post_quant_conv(hidden_states), latent_frames)
-        if latent_frames == 1:
+        # After nearest neighbour nothing tells the frames of one latent frame apart: convolutions replicate at the
+        # ends and attention has no positions. So they are equal and are computed once.
+        still = latent_frames == 1 and (is_image or self.config.temporal_upsample_type == "nearest")
+        sample = self.decoder(self.post_quant_conv(hidden_states), latent_frames, still)
+        if still:
             return sample.unsqueeze(2).expand(-1, -1, self.temporal_compression_ratio, -1, -1)
         return unfold_frames(sample, latent_frames * self.temporal_compression_ratio)
 
@@ -622,7 +662,8 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
             axes.append(TileAxis(3, tile, stride, 1, ratio, height * ratio))
             tile, stride = self.tile_sample_min_width // ratio, self.tile_sample_stride_width // ratio
             axes.append(TileAxis(4, tile, stride, 1, ratio, width * ratio))
-        return run_in_tiles(self._decode_tile, z, axes)[:, :, :num_frames]
+        decode_tile = partial(self._decode_tile, is_image=num_frames == 1)
+        return run_in_tiles(decode_tile, z, axes)[:, :, :num_frames]
 
     @apply_forward_hook
     def encode(
@@ -718,7 +759,9 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
         return self.decode(z, num_frames=sample.shape[2], return_dict=return_dict)
 
     @classmethod
-    def from_autoencoder_kl(cls, autoencoder_kl: AutoencoderKL) -> "AutoencoderKLMovieGen":
+    def from_autoencoder_kl(
+        cls, autoencoder_kl: AutoencoderKL, temporal_upsample_type: str = "nearest"
+    ) -> "AutoencoderKLMovieGen":
         r"""
         Inflate an image autoencoder: the 2D weights are copied, the temporal convolutions start as the identity and
         the temporal attentions add nothing. Until it is trained, the result treats every frame as the image
@@ -730,6 +773,9 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
 
         Args:
             autoencoder_kl (`AutoencoderKL`): The image autoencoder. It is left as it is.
+            temporal_upsample_type (`str`, defaults to `"nearest"`):
+                Of the result. With `"subpixel"`, every other channel keeps the later of two frames instead of the
+                earlier one when their number is halved; single frames are treated the same.
 
         Returns:
             `AutoencoderKLMovieGen` with the dtype and on the device of `autoencoder_kl`, in evaluation mode.
@@ -764,6 +810,7 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
             norm_num_groups=source.norm_num_groups,
             latents_mean=list(latents_mean),
             latents_std=[std / source.scaling_factor for std in latents_std],
+            temporal_upsample_type=temporal_upsample_type,
         )
 
         state_dict = model.state_dict()
@@ -776,4 +823,11 @@ class AutoencoderKLMovieGen(ModelMixin, AttentionMixin, AutoencoderMixin, Config
                 key = f"{module_name}.spatial.{parameter_name}"
             state_dict[key] = weight
         model.load_state_dict(state_dict)
+        if temporal_upsample_type == "subpixel":
+            with torch.no_grad():
+                for module in model.modules():
+                    if isinstance(module, MovieGenVaeDownsample):
+                        # The middle tap is the earlier frame, the last one the later.
+                        weight = module.conv.temporal.weight
+                        weight[1::2] = weight[1::2].roll(1, dims=2)
         return model.to(autoencoder_kl.device).type(autoencoder_kl.dtype).eval()

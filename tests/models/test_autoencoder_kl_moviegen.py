@@ -38,6 +38,12 @@ def model():
     return perturb(AutoencoderKLMovieGen(**TINY))
 
 
+@pytest.fixture
+def subpixel_model():
+    torch.manual_seed(0)
+    return perturb(AutoencoderKLMovieGen(**TINY, temporal_upsample_type="subpixel"))
+
+
 def tiny_image_model(**kwargs) -> AutoencoderKL:
     torch.manual_seed(0)
     config = {
@@ -148,12 +154,13 @@ def test_refuses_wrong_input(model):
 # Inflation
 
 
+@pytest.mark.parametrize("upsample_type", ["nearest", "subpixel"])
 @pytest.mark.parametrize("use_quant_conv", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @torch.no_grad()
-def test_inflated_model_is_image_model(use_quant_conv, dtype, tolerance):
+def test_inflated_model_is_image_model(use_quant_conv, dtype, tolerance, upsample_type):
     image_model = tiny_image_model(use_quant_conv=use_quant_conv, use_post_quant_conv=use_quant_conv).to(dtype)
-    model = AutoencoderKLMovieGen.from_autoencoder_kl(image_model)
+    model = AutoencoderKLMovieGen.from_autoencoder_kl(image_model, upsample_type)
     assert model.dtype == dtype
     images = random_video(2, 1, 32, 24).to(dtype)
     expected = image_model.encode(images.squeeze(2)).latent_dist
@@ -368,6 +375,83 @@ def test_single_latent_frame_decodes_to_equal_frames(model):
     expected = model.decode(latents.expand(-1, -1, 2, -1, -1)).sample
     torch.testing.assert_close(sample, expected[:, :, :8], atol=1e-5, rtol=0)
     torch.testing.assert_close(sample, expected[:, :, 8:], atol=1e-5, rtol=0)
+
+
+# Sub-pixel convolution along time
+
+
+@torch.no_grad()
+def test_subpixel_upsample_has_a_kernel_for_each_of_two_frames():
+    upsample = perturb(MovieGenVaeUpsample(4, subpixel=True), scale=0.3)
+    x = torch.randn(2 * 3, 4, 2, 3)
+    output = upsample(x, 3)
+    assert output.shape == (2 * 6, 4, 4, 6)
+
+    pixels = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    spatial = nn.functional.conv2d(pixels, upsample.conv.spatial.weight, upsample.conv.spatial.bias, padding=1)
+    weight, bias = upsample.conv.temporal.weight.double().numpy(), upsample.conv.temporal.bias.double().numpy()
+    assert weight.shape == (8, 4, 3)
+    for clip, frames in zip(spatial.split(3), output.split(6), strict=True):
+        for phase in range(2):
+            half = slice(4 * phase, 4 * phase + 4)
+            expected = temporal_conv_reference(clip.double().numpy(), weight[half], bias[half], stride=1)
+            np.testing.assert_allclose(frames[phase::2].numpy(), expected, atol=1e-5)
+    # A still picture is the first of both.
+    torch.testing.assert_close(upsample(x[:1], 1, still=True), upsample(x[:1], 1)[:1])
+
+
+@torch.no_grad()
+def test_subpixel_starts_as_nearest_neighbour_and_keeps_every_frame():
+    torch.manual_seed(0)
+    nearest, subpixel = MovieGenVaeUpsample(4), MovieGenVaeUpsample(4, subpixel=True)
+    subpixel.conv.spatial.load_state_dict(nearest.conv.spatial.state_dict())
+    x = torch.randn(5, 4, 2, 3)
+    torch.testing.assert_close(subpixel(x, 5), nearest(x, 5))
+
+    model = AutoencoderKLMovieGen.from_autoencoder_kl(tiny_image_model(), "subpixel")
+    downsample = model.encoder.down_blocks[0].downsamplers[0].conv.temporal
+    x = torch.randn(6, 8, 2, 2)
+    output = downsample(x, 6)
+    torch.testing.assert_close(output[:, ::2], x[::2, ::2] + downsample.bias[::2, None, None])
+    torch.testing.assert_close(output[:, 1::2], x[1::2, 1::2] + downsample.bias[1::2, None, None])
+
+
+@torch.no_grad()
+def test_only_subpixel_decodes_motion_that_repeats(model, subpixel_model):
+    latents = random_latents(1, 1).expand(-1, -1, 12, -1, -1)
+    frames = model.decode(latents).sample
+    torch.testing.assert_close(frames, frames[:, :, :1].expand_as(frames), atol=1e-5, rtol=0)
+    # Far from the ends all latent frames show the same, and in each the eight frames differ.
+    frames = subpixel_model.decode(latents).sample[:, :, 40:56]
+    first, second = frames.chunk(2, dim=2)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    distances = (first[:, :, :, None] - first[:, :, None]).abs().amax(dim=(0, 1, 4, 5))
+    assert distances[~torch.eye(8, dtype=torch.bool)].min() > 1e-3
+
+
+@torch.no_grad()
+def test_subpixel_promises(subpixel_model, tmp_path):
+    video = random_video(1, 13)
+    latents = subpixel_model.encode(video).latent_dist.mode()
+    sample = subpixel_model.decode(latents, num_frames=13).sample
+    assert sample.shape == video.shape
+    assert subpixel_model.decode(latents[:, :, :1], num_frames=5).sample.shape[2] == 5
+    # The two latent frames fit in one tile; a single one in a tile of its own still moves.
+    subpixel_model.enable_tiling()
+    torch.testing.assert_close(subpixel_model.decode(latents, num_frames=13).sample, sample)
+    subpixel_model.enable_tiling(tile_sample_min_num_frames=8, tile_sample_stride_num_frames=8)
+    tiled = subpixel_model.decode(latents).sample
+    alone = [subpixel_model.decode(part).sample for part in latents.split(1, dim=2)]
+    torch.testing.assert_close(tiled, torch.cat(alone, dim=2))
+    assert (tiled[:, :, 1:] - tiled[:, :, :-1]).abs().amax(dim=(0, 1, 3, 4)).min() > 1e-3
+
+    subpixel_model.disable_tiling()
+    subpixel_model.save_pretrained(tmp_path)
+    loaded = AutoencoderKLMovieGen.from_pretrained(tmp_path)
+    assert loaded.config.temporal_upsample_type == "subpixel"
+    torch.testing.assert_close(loaded.decode(latents, num_frames=13).sample, sample)
+    with pytest.raises(ValueError, match="`temporal_upsample_type` is 'cubic': use 'nearest' or 'subpixel'"):
+        AutoencoderKLMovieGen(**TINY, temporal_upsample_type="cubic")
 
 
 # Tiling and slicing
@@ -626,8 +710,10 @@ def test_refuses_impossible_tiles(model, tiling, message):
 # Promises
 
 
-def test_gradient_checkpointing(model):
-    model.train()
+@pytest.mark.parametrize("upsample_type", ["nearest", "subpixel"])
+def test_gradient_checkpointing(upsample_type):
+    torch.manual_seed(0)
+    model = perturb(AutoencoderKLMovieGen(**TINY, temporal_upsample_type=upsample_type)).train()
     calls = []
     for block in (*model.encoder.down_blocks, *model.decoder.up_blocks):
         block.register_forward_pre_hook(lambda *args: calls.append(1))
