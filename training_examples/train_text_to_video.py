@@ -99,6 +99,13 @@ class Arguments:
         },
     )
     train_batch_size: int = field(default=8, metadata={"help": "samples of one pass on each process"})
+    max_batch_positions: int | None = field(
+        default=None,
+        metadata={
+            "help": "latent positions of one pass, frames / 8 x height / 8 x width / 8 of a sample, from which on it "
+            "has fewer samples"
+        },
+    )
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     images_to_videos: list[int] = field(
@@ -152,6 +159,8 @@ class Arguments:
             raise ValueError(
                 "pass either --transformer, a backbone to start from, or --transformer_config, a fresh one's size."
             )
+        if self.max_batch_positions is not None and self.max_batch_positions < 1:
+            raise ValueError(f"--max_batch_positions is {self.max_batch_positions}: it must be at least 1.")
         if self.max_grid_size is not None and (len(self.max_grid_size) != 3 or min(self.max_grid_size) < 1):
             raise ValueError(
                 f"--max_grid_size is {self.max_grid_size}: pass three numbers of at least 1, such as 4 6 6."
@@ -455,7 +464,13 @@ def main(args: Arguments) -> None:
 
     # 4. Batches of one shape, the same on every process
     loader = cache_loader(
-        accelerator, cache, args.train_batch_size, args.images_to_videos, args.seed, args.num_workers
+        accelerator,
+        cache,
+        args.train_batch_size,
+        args.images_to_videos,
+        args.seed,
+        args.num_workers,
+        args.max_batch_positions,
     )
 
     # 5. Where the run stands

@@ -1,7 +1,7 @@
 """Buckets by aspect ratio and length, and a resumable order of batches of one shape."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ class BucketSampler:
 
     Args:
         buckets: the bucket of each sample.
-        batch_size: samples a step on each rank.
+        batch_size: samples a step on each rank, or a function that says how many of a bucket.
         seed: seed of the order.
         images_to_videos: steps of images to steps of videos. None makes no difference between the two: an epoch has
             every sample once. It does not matter if there are only images or only videos.
@@ -102,45 +102,49 @@ class BucketSampler:
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        batch_size: int,
+        batch_size: int | Callable[[Bucket], int],
         *,
         seed: int = 0,
         images_to_videos: tuple[int, int] | None = (1, 10),
         rank: int = 0,
         num_replicas: int = 1,
     ):
-        if batch_size < 1 or seed < 0 or not 0 <= rank < num_replicas:
+        batch_sizes = {bucket: batch_size(bucket) if callable(batch_size) else batch_size for bucket in buckets}
+        smallest = min(batch_sizes.values(), default=1)
+        if smallest < 1 or seed < 0 or not 0 <= rank < num_replicas:
             raise ValueError(
                 "`batch_size` must be at least 1, `seed` at least 0 and `rank` below `num_replicas`, not "
-                f"{batch_size}, {seed}, {rank} and {num_replicas}."
+                f"{smallest}, {seed}, {rank} and {num_replicas}."
             )
         if images_to_videos is not None and (min(images_to_videos) < 0 or max(images_to_videos) == 0):
             raise ValueError(
                 f"`images_to_videos` must be two numbers of steps such as (1, 10), not {images_to_videos}."
             )
-        self.batch_size, self.seed, self.images_to_videos = batch_size, seed, images_to_videos
+        self.batch_sizes, self.seed, self.images_to_videos = batch_sizes, seed, images_to_videos
         self.rank, self.num_replicas = rank, num_replicas
         self.samples: dict[Bucket, list[int]] = {}
         for index, bucket in enumerate(buckets):
             self.samples.setdefault(bucket, []).append(index)
         self.samples = dict(sorted(self.samples.items()))
-        total = batch_size * num_replicas
-        self.leftovers = {
-            bucket: len(indices) % total for bucket, indices in self.samples.items() if len(indices) % total
-        }
-        if not any(len(indices) >= total for indices in self.samples.values()):
-            most = max(map(len, self.samples.values()), default=0)
+        steps = {bucket: len(indices) // self._total(bucket) for bucket, indices in self.samples.items()}
+        leftovers = {bucket: len(indices) % self._total(bucket) for bucket, indices in self.samples.items()}
+        self.leftovers = {bucket: count for bucket, count in leftovers.items() if count}
+        if not any(steps.values()):
+            # The bucket that lacks least.
+            fullest = max(self.samples, key=lambda bucket: leftovers[bucket] / self._total(bucket), default=None)
+            count, size = leftovers.get(fullest, 0), batch_sizes.get(fullest, smallest)
             raise ValueError(
-                f"no bucket has the {total} samples of a step ({batch_size} on each of {num_replicas} ranks), the "
-                f"fullest has {most}: lower `batch_size`, or use fewer sizes and lengths."
+                f"no bucket has the {size * num_replicas} samples of a step ({size} on each of {num_replicas} ranks), "
+                f"the fullest has {count}: lower `batch_size`, or use fewer sizes and lengths."
             )
         # With nothing to mix, all steps are of the second kind.
         is_image = {bucket: images_to_videos is not None and bucket.num_frames == 1 for bucket in self.samples}
         self._kinds = [[bucket for bucket in self.samples if is_image[bucket] == kind] for kind in (True, False)]
-        self._steps = [sum(len(self.samples[bucket]) // total for bucket in kind) for kind in self._kinds]
+        self._steps = [sum(steps[bucket] for bucket in kind) for kind in self._kinds]
         self._ratio = images_to_videos or (0, 1)
         for kind, name in enumerate(("images", "videos")):
             if self._kinds[kind] and not self._steps[kind] and not self._ratio[1 - kind]:
+                total = min(map(self._total, self._kinds[kind]))
                 raise ValueError(
                     f"`images_to_videos` is {images_to_videos}, but no bucket of {name} has the {total} samples of a "
                     "step: lower `batch_size`, or let the others in."
@@ -150,6 +154,10 @@ class BucketSampler:
         elif not self._steps[1]:
             self._ratio = (1, 0)
         self._plans: dict[int, tuple[int, list]] = {}
+
+    def _total(self, bucket: Bucket) -> int:
+        """Samples of a step on all ranks."""
+        return self.batch_sizes[bucket] * self.num_replicas
 
     def _locate(self, step: int) -> tuple[int, int, int]:
         """Whether a step is of images (0) or videos (1), its epoch of that kind and its place therein."""
@@ -165,8 +173,9 @@ class BucketSampler:
     def _plan(self, kind: int, epoch: int) -> list[tuple[Bucket, np.ndarray, np.ndarray]]:
         if self._plans.get(kind, (None,))[0] != epoch:
             generator = np.random.default_rng([self.seed, kind, epoch])
-            total, plan = self.batch_size * self.num_replicas, []
+            plan = []
             for bucket in self._kinds[kind]:
+                total = self._total(bucket)
                 indices = generator.permutation(self.samples[bucket])
                 for start in range(0, len(indices) - total + 1, total):
                     plan.append((bucket, indices[start : start + total], generator.random(total)))
@@ -177,20 +186,22 @@ class BucketSampler:
         """The bucket of a step and this rank's samples.
 
         Returns:
-            The [`Bucket`] and `batch_size` pairs of a sample's index and the position of the window in its film, 0 to
-            1, drawn anew every epoch.
+            The [`Bucket`] and its `batch_size` pairs of a sample's index and the position of the window in its film,
+            0 to 1, drawn anew every epoch.
         """
         kind, epoch, place = self._locate(step)
         bucket, indices, positions = self._plan(kind, epoch)[place]
-        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        size = self.batch_sizes[bucket]
+        mine = slice(self.rank * size, (self.rank + 1) * size)
         return bucket, list(zip(indices[mine].tolist(), positions[mine].tolist(), strict=True))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on. Ranks may come and go as long as a step has as many samples in all."""
+        totals = {str(bucket): self._total(bucket) for bucket in self.samples}
         return {
             "seed": self.seed,
-            "samples a step": self.batch_size * self.num_replicas,
+            "samples a step": totals if len(set(totals.values())) > 1 else next(iter(totals.values())),
             "images_to_videos": None if self.images_to_videos is None else list(self.images_to_videos),
             "samples by bucket": {str(bucket): len(indices) for bucket, indices in self.samples.items()},
         }

@@ -1,10 +1,11 @@
 """What the scripts that train on latent caches read before the first step."""
 
+import math
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from .buckets import BucketSampler
+from .buckets import Bucket, BucketSampler
 from .latent_cache import LatentCache, find_pipeline, first_difference
 from .media_loaders import BucketLoader
 
@@ -55,16 +56,26 @@ def cache_loader(
     images_to_videos: list[int],
     seed: int,
     num_workers: int,
+    max_batch_positions: int | None = None,
 ) -> BucketLoader:
     """The batches of this process, of the same shape as those of the others.
+
+    Large samples come in batches of fewer than `train_batch_size`, of at most `max_batch_positions` latent positions
+    (frames times height times width), but for a single sample that has more.
 
     Raises:
         ValueError: if no bucket has samples enough for a batch on every process.
     """
+
+    def batch_size(bucket: Bucket) -> int:
+        if max_batch_positions is None:
+            return train_batch_size
+        return max(min(train_batch_size, max_batch_positions // math.prod(cache.latent_size(bucket))), 1)
+
     try:
         sampler = BucketSampler(
             [sample.bucket for sample in cache.samples],
-            train_batch_size,
+            batch_size,
             seed=seed,
             images_to_videos=tuple(images_to_videos),
             rank=accelerator.process_index,

@@ -431,6 +431,11 @@ class LatentCache(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def latent_size(self, bucket: Bucket) -> tuple[int, int, int]:
+        """Frames, height and width of the latents of a bucket's samples."""
+        first = next(index for index, sample in enumerate(self.samples) if sample.bucket == bucket)
+        return tuple(self.read(first)["mean"].shape[1:])
+
     def __getstate__(self) -> dict[str, Any]:
         # Open files do not travel to the workers of a `DataLoader`.
         return self.__dict__ | {"_shards": {}}

@@ -181,12 +181,33 @@ def test_leftovers():
     assert Counter(sampler.batch(step)[0] for step in range(22)) == {WIDE: 20, IMAGE: 2}
 
 
+def test_batches_of_a_size_of_their_own():
+    sizes = {WIDE: 3, LONG: 1, IMAGE: 4}
+    buckets = mixture(wide=15, long=4, image=16)
+    samplers = [BucketSampler(buckets, sizes.get, seed=2, rank=rank, num_replicas=2) for rank in range(2)]
+    # 2 steps of 6 wide films, 2 of 2 long ones: 3 of 15 are left over.
+    assert samplers[0].leftovers == {WIDE: 3}
+    for step in range(40):
+        for sampler in samplers:
+            bucket, requests = sampler.batch(step)
+            assert len(requests) == sizes[bucket]
+    videos = [step for step in range(40) if samplers[0].batch(step)[0] != IMAGE][:4]
+    seen = drawn(samplers, videos)
+    assert len(set(seen)) == len(seen) == 16
+    assert samplers[0].fingerprint["samples a step"] == {"8x32x48": 6, "16x32x48": 2, "1x32x48": 8}
+    assert samplers[0].fingerprint == samplers[1].fingerprint
+    other = BucketSampler(buckets, {**sizes, LONG: 2}.get, seed=2, num_replicas=2)
+    assert samplers[0].fingerprint != other.fingerprint
+
+
 @pytest.mark.parametrize(
     "buckets, options, message",
     [
         ([WIDE] * 3, {"batch_size": 4}, r"no bucket has the 4 samples of a step .*fullest has 3: lower `batch_size`"),
         ([WIDE, TALL], {"batch_size": 1, "num_replicas": 2}, r"2 samples of a step \(1 on each of 2 ranks\)"),
         ([], {"batch_size": 1}, "the fullest has 0"),
+        ([WIDE] * 2 + [LONG], {"batch_size": {WIDE: 4, LONG: 3}.get}, "no bucket has the 4 samples.*fullest has 2"),
+        ([WIDE] * 2, {"batch_size": {WIDE: 0}.get}, "`batch_size` must be at least 1"),
         ([WIDE], {"batch_size": 0}, "`batch_size` must be at least 1"),
         ([WIDE], {"batch_size": 1, "rank": 1}, "`rank` below `num_replicas`, not 1, 0, 1 and 1"),
         (

@@ -1,6 +1,7 @@
 """Caches as the scripts take them: which are refused, and who reads which batch."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -66,6 +67,14 @@ def test_processes_share_the_batches_out(pipeline_folder, caches):
         accelerator = SimpleNamespace(process_index=rank, num_processes=2)
         names += next(iter(cache_loader(accelerator, cache, 2, [1, 10], seed=0, num_workers=0)))["name"]
     assert len(set(names)) == 4
+    for positions, size in (
+        (None, 5),
+        (10**9, 5),
+        (2 * math.prod(cache.latent_size(cache.samples[0].bucket)), 2),
+        (1, 1),
+    ):
+        loader = cache_loader(MAIN, cache, 5, [1, 10], seed=0, num_workers=0, max_batch_positions=positions)
+        assert len(next(iter(loader))["name"]) == size
     message = "^--data, --train_batch_size, --images_to_videos: no bucket has the 6 samples"
     with pytest.raises(ValueError, match=message):
         cache_loader(MAIN, cache, 6, [1, 10], seed=0, num_workers=0)
