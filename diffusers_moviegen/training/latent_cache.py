@@ -79,7 +79,8 @@ def models_fingerprint(pipeline: str | Path) -> dict[str, Any]:
     """What tells the autoencoder, the text encoders and the tokenizers of a pipeline's folder from others.
 
     Configurations are compared as they are. All bytes of all weights enter a digest, tensor by tensor in the order of
-    their names, so it does not matter how many files they are in.
+    their names, so it does not matter how many files they are in. Of the autoencoder those of its decoder are left
+    out, which no latent depends on: it may be trained on while a backbone learns.
 
     Raises:
         OSError: if a component is missing or a file cannot be read.
@@ -103,11 +104,13 @@ def models_fingerprint(pipeline: str | Path) -> dict[str, Any]:
         ours = {
             key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"
         }
-        fingerprint[name] = {"config": ours, "weights": _weights_digest(folder)}
+        parts = ("encoder.", "quant_conv.") if name == "vae" else ("",)
+        fingerprint[name] = {"config": ours, "weights": _weights_digest(folder, parts)}
     return fingerprint
 
 
-def _weights_digest(folder: Path) -> str:
+def _weights_digest(folder: Path, parts: tuple[str, ...]) -> str:
+    """Of the tensors whose names begin with one of `parts`."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
         names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
@@ -124,7 +127,7 @@ def _weights_digest(folder: Path) -> str:
     digest, tensors = hashlib.sha256(), {}
     for file in files:
         shard = _open_shard(file)
-        tensors |= dict.fromkeys(shard.keys(), shard)
+        tensors |= dict.fromkeys((key for key in shard.keys() if key.startswith(parts)), shard)
     for name in sorted(tensors):
         tensor = tensors[name].get_tensor(name).contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
