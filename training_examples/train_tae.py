@@ -5,7 +5,8 @@
         --output_dir runs/tae
 
 With `--stage image` it trains an image autoencoder to inflate, with `--stage decoder` it goes on with the decoder
-alone, which sharpens pictures without moving the latents. `--toybox` draws the data instead of reading `--data`.
+alone, which sharpens pictures without moving the latents. `--toybox` draws the data, `--data` reads it; with both they
+take turns.
 """
 
 import itertools
@@ -32,6 +33,7 @@ from tqdm.auto import tqdm
 
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.pixels import draw_pixels
+from diffusers_moviegen.toybox.scenes import SIZES
 from diffusers_moviegen.training import (
     BucketLoader,
     Buckets,
@@ -75,7 +77,7 @@ logger = logging.get_logger(__name__)
 
 
 # What the random numbers of a step are for, see `step_generator`.
-PIXELS, POSTERIOR, STATISTICS, VALIDATION = range(4)
+PIXELS, POSTERIOR, STATISTICS, VALIDATION, SHAPES = range(5)
 
 
 @dataclass
@@ -91,7 +93,16 @@ class Arguments:
     data: str | None = field(
         default=None, metadata={"help": "table of media, its folder or Hub id, or a pattern of .tar shards"}
     )
-    toybox: bool = field(default=False, metadata={"help": "draw the data instead of reading --data"})
+    toybox: bool = field(default=False, metadata={"help": "draw the data, all of it or beside --data"})
+    toybox_to_data: list[int] = field(
+        default_factory=lambda: [3, 1], metadata={"help": "turns of Toybox to turns of --data, if both are given"}
+    )
+    toybox_resolutions: list[int] = field(
+        default_factory=list, metadata={"help": "shorter sides, 64 and 128, of all sizes of Toybox that are drawn"}
+    )
+    toybox_frame_rates: list[float] = field(
+        default_factory=list, metadata={"help": "rates to draw Toybox at; without them --frame_rate"}
+    )
     validation_data: str | None = field(default=None, metadata={"help": "table of media to measure PSNR and SSIM on"})
     exclude: list[str] = field(default_factory=list, metadata={"help": "patterns of names to leave out of --data"})
     file_column: str = "file_name"
@@ -100,7 +111,9 @@ class Arguments:
     aspect_ratios: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "width over height"})
     lengths: list[int] = field(default_factory=lambda: [32], metadata={"help": "frames of the clips"})
     frame_rate: float = 16
-    vary_scenes: bool = field(default=True, metadata={"help": "Toybox with several objects in any colours too"})
+    vary_scenes: bool = field(
+        default=True, metadata={"help": "Toybox in all looks, edited, and with several objects in any colours too"}
+    )
     images_to_videos: list[int] = field(
         default_factory=lambda: [1, 3], metadata={"help": "steps of pictures to steps of clips"}
     )
@@ -113,6 +126,13 @@ class Arguments:
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
     layers_per_block: int = 2
     norm_num_groups: int = 32
+    temporal_upsample_type: str = field(
+        default="nearest",
+        metadata={
+            "help": "how a model that is inflated or fresh doubles frames: as the paper, or with a kernel for each",
+            "choices": ["nearest", "subpixel"],
+        },
+    )
     image_batch_size: int = 8
     video_batch_size: int = 1
     gradient_accumulation_steps: int = 1
@@ -158,12 +178,22 @@ class Arguments:
         check_training_options(self)
         check_positive(self, ("image_batch_size", "video_batch_size", "statistics_batches", "discriminator_channels"))
         check_positive(self, ("layers_per_block", "norm_num_groups"))
-        if (self.data is None) != self.toybox:
-            raise ValueError("pass either --data, what to train on, or --toybox.")
-        if self.toybox and (self.validation_data is not None or self.exclude):
+        if self.data is None and not self.toybox:
+            raise ValueError("pass --data, what to train on, or --toybox, or both.")
+        if self.data is None and (self.validation_data is not None or self.exclude):
             raise ValueError(
                 "--validation_data and --exclude are for --data; --toybox has held-out scenes of its own."
             )
+        if len(self.toybox_to_data) != 2 or min(self.toybox_to_data) < 1:
+            raise ValueError(f"--toybox_to_data is {self.toybox_to_data}: pass two numbers of turns such as 3 1.")
+        if not self.toybox and (self.toybox_frame_rates or self.toybox_resolutions):
+            raise ValueError("--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox.")
+        if not all(0 < rate < math.inf for rate in self.toybox_frame_rates):
+            raise ValueError(f"--toybox_frame_rates {self.toybox_frame_rates}: they must be above 0 frames a second.")
+        sides = sorted({min(size) for size in SIZES})
+        if not set(self.toybox_resolutions) <= set(sides):
+            known = " and ".join(map(str, sides))
+            raise ValueError(f"--toybox_resolutions {self.toybox_resolutions}: Toybox is drawn at {known}.")
         if self.toybox and len(self.aspect_ratios) * len(self.lengths) != 1:
             raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
         if self.toybox and self.image_batch_size % 2:
@@ -205,6 +235,14 @@ class Arguments:
         """Whether `step` is one of pictures."""
         images, videos = self.images_to_videos
         return self.stage == "image" or step % (images + videos) < images
+
+    def takes_toybox(self, step: int) -> bool:
+        """Whether `step` is one of drawn scenes. A turn has the pictures and clips of `images_to_videos`."""
+        if not self.toybox or self.data is None:
+            return self.toybox
+        drawn, read = self.toybox_to_data
+        turn = step if self.stage == "image" else step // sum(self.images_to_videos)
+        return turn % (drawn + read) < drawn
 
 
 # --- Model ------------------------------------------------------------------------------------------------------
@@ -257,7 +295,7 @@ def make_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderKLMovieGen:
     if args.image_autoencoder is not None:
         image_model = load_autoencoder("image_autoencoder", args.image_autoencoder, AutoencoderKL)
         try:
-            return AutoencoderKLMovieGen.from_autoencoder_kl(image_model)
+            return AutoencoderKLMovieGen.from_autoencoder_kl(image_model, args.temporal_upsample_type)
         except ValueError as error:
             raise ValueError(f"--image_autoencoder: {error}") from error
     config = {
@@ -267,7 +305,7 @@ def make_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderKLMovieGen:
         "latent_channels": 16,
     }
     if args.stage != "image":
-        return AutoencoderKLMovieGen(**config)
+        return AutoencoderKLMovieGen(**config, temporal_upsample_type=args.temporal_upsample_type)
     levels = len(args.block_out_channels)
     blocks = {
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -309,20 +347,31 @@ def pixels(video: torch.Tensor, device: torch.device) -> torch.Tensor:
 # --- Data -------------------------------------------------------------------------------------------------------
 
 
-def toybox_batches(
-    args: Arguments, buckets: Buckets, accelerator: Accelerator, stream: int, start: int = 0
-) -> Iterator[dict]:
-    """Batches of drawn scenes, without end; their number alone decides what they show."""
-    ((height, width),), (length,) = buckets.sizes, buckets.lengths
-    for number in itertools.count(start):
-        generator = step_generator(args.seed, number, accelerator.process_index, stream)
-        images = args.takes_images(number // args.gradient_accumulation_steps)
-        count, num_frames = (args.image_batch_size, 1) if images else (args.video_batch_size, length)
-        varied = args.vary_scenes and stream == PIXELS
-        video = draw_pixels(
-            count, num_frames, height, width, args.frame_rate, generator, accelerator.device, varied=varied
-        )
-        yield {"video": video, "name": [f"Toybox batch {number}"]}
+def toybox_shapes(args: Arguments, buckets: Buckets) -> list[tuple[int, int, float]]:
+    """Height, width and frame rate that Toybox is drawn at."""
+    sizes = [size for size in SIZES if min(size) in args.toybox_resolutions] or buckets.sizes
+    return [(*size, rate) for size in sizes for rate in args.toybox_frame_rates or [args.frame_rate]]
+
+
+def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stream: int, number: int) -> dict:
+    """A batch of drawn scenes; its number alone decides what they show.
+
+    It has about as many pixels as one at --resolution, so that smaller scenes are more.
+    """
+    shapes = toybox_shapes(args, buckets)
+    # All processes draw the same shape, so that none has to wait.
+    generator = step_generator(args.seed, number, stream=SHAPES)
+    height, width, frame_rate = shapes[torch.randint(len(shapes), (), generator=generator).item()]
+    share = math.prod(buckets.sizes[0]) / (height * width)
+    images = args.takes_images(number // args.gradient_accumulation_steps)
+    if images:
+        count, num_frames = 2 * max(round(share * args.image_batch_size / 2), 1), 1
+    else:
+        count, num_frames = max(round(share * args.video_batch_size), 1), buckets.lengths[0]
+    generator = step_generator(args.seed, number, accelerator.process_index, stream)
+    varied = args.vary_scenes and stream == PIXELS
+    video = draw_pixels(count, num_frames, height, width, frame_rate, generator, accelerator.device, varied=varied)
+    return {"video": video, "name": [f"Toybox batch {number}"]}
 
 
 def is_shards(source: str) -> bool:
@@ -360,12 +409,23 @@ def make_loaders(
     return loaders
 
 
-def media_batches(args: Arguments, loaders: dict[str, BucketLoader | StreamLoader], start: int = 0) -> Iterator[dict]:
-    """Batches of files, without end, from the position of the loaders on."""
+def training_batches(
+    args: Arguments,
+    buckets: Buckets,
+    accelerator: Accelerator,
+    loaders: dict[str, BucketLoader | StreamLoader],
+    stream: int = PIXELS,
+    start: int = 0,
+) -> Iterator[dict]:
+    """Batches without end: of files from the position of their loaders on, of Toybox by their number."""
     iterators = {kind: iter(loader) for kind, loader in loaders.items()}
     for number in itertools.count(start):
-        kind = "images" if args.takes_images(number // args.gradient_accumulation_steps) else "clips"
-        yield next(iterators[kind if kind in iterators else next(iter(iterators))])
+        step = number // args.gradient_accumulation_steps
+        if args.takes_toybox(step):
+            yield draw_batch(args, buckets, accelerator, stream, number)
+        else:
+            kind = "images" if args.takes_images(step) else "clips"
+            yield next(iterators[kind if kind in iterators else next(iter(iterators))])
 
 
 def validation_batches(
@@ -373,7 +433,8 @@ def validation_batches(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The share of this process of the fixed batches to measure on, each with its kind, images or clips.
 
-    Of a film the window in its middle; of Toybox eight batches of held-out scenes of each kind.
+    Of a film the window in its middle; of Toybox eight batches of held-out scenes of each kind, which are of kinds of
+    their own beside files.
     """
     rank, processes = accelerator.process_index, accelerator.num_processes
     if dataset is not None:
@@ -385,18 +446,22 @@ def validation_batches(
                 logger.warning(f"--validation_data: '{dataset.samples[index].name}' is left out: {error}")
                 continue
             yield "images" if video.shape[2] == 1 else "clips", video
+    if not args.toybox:
         return
-    height, width = buckets.sizes[0]
+    prefix = "" if dataset is None else "toybox_"
+    shapes = toybox_shapes(args, buckets)
     kinds = [("images", args.image_batch_size, 1)]
     if args.stage != "image":
         kinds.append(("clips", args.video_batch_size, buckets.lengths[0]))
     for kind, count, num_frames in kinds:
         for number in range(rank, 8, processes):
             generator = step_generator(0, number, stream=VALIDATION)
+            # All sizes have their share of the eight, however many there are.
+            height, width, frame_rate = shapes[number * len(shapes) // 8]
             yield (
-                kind,
+                prefix + kind,
                 draw_pixels(
-                    count, num_frames, height, width, args.frame_rate, generator, accelerator.device, held_out=True
+                    count, num_frames, height, width, frame_rate, generator, accelerator.device, held_out=True
                 ),
             )
 
@@ -442,10 +507,11 @@ def validate(
 ) -> dict[str, float]:
     """PSNR in dB and SSIM of fixed clips and pictures, means of the posteriors decoded. To be called by all processes.
 
-    The first process writes sheets of its first eight batches, originals above reconstructions.
+    The first process writes sheets of its first eight batches of one size, originals above reconstructions.
     """
-    totals = {kind: torch.zeros(3, device=accelerator.device) for kind in ("images", "clips")}
-    rows = {"images": [], "clips": []}
+    kinds = ("images", "clips", "toybox_images", "toybox_clips")
+    totals = {kind: torch.zeros(3, device=accelerator.device) for kind in kinds}
+    rows = {kind: [] for kind in kinds}
     model.eval()
     for kind, video in batches:
         video = pixels(video, accelerator.device)
@@ -458,7 +524,7 @@ def validate(
             ssim = structural_similarity_index_measure(*frames, data_range=255.0)
             totals[kind] += torch.stack([psnr, ssim, torch.ones_like(psnr)])
         shown = [value.float() / 127.5 - 1 for value in reversed(levels)]
-        if kind == "images":
+        if video.shape[2] == 1:
             shown = [value[:8].permute(2, 1, 0, 3, 4) for value in shown]
         # At most sixteen frames of a clip, which is as much as a picture viewer shows side by side.
         shown = [value[0][:, :: math.ceil(value.shape[2] / 16)] for value in shown]
@@ -501,13 +567,15 @@ def model_card(
     args: Arguments, repo_id: str, figures: dict[str, float], dataset: MediaDataset | None, num_processes: int
 ) -> ModelCard:
     """What the run was, said where its result is pushed to."""
+    parts = []
     if args.toybox:
-        data = "Toybox, a procedural world of coloured shapes, drawn by the program itself."
-    elif dataset is None:
-        data = f"The shards `{Path(args.data).name}`."
-    else:
+        parts.append("Toybox, a procedural world of coloured shapes, drawn by the program itself.")
+    if dataset is not None:
         report = dataset.report
-        data = f"`{Path(args.data).name}`: {report.num_images} images and {report.num_videos} videos."
+        parts.append(f"`{Path(args.data).name}`: {report.num_images} images and {report.num_videos} videos.")
+    elif args.data is not None:
+        parts.append(f"The shards `{Path(args.data).name}`.")
+    data = " ".join(parts)
     images = args.stage == "image"
     module, class_name = ("diffusers", "AutoencoderKL") if images else ("diffusers_moviegen", "AutoencoderKLMovieGen")
     shape = "1, 3, 64, 64" if images else "1, 3, 16, 64, 64"
@@ -524,7 +592,9 @@ def model_card(
     base_model = args.autoencoder or args.image_autoencoder
     if base_model is not None and not Path(base_model).exists():
         base_model = "/".join(base_model.split("/")[:2])
-    seen = "held-out Toybox scenes" if args.toybox else f"the data set `{Path(str(args.validation_data)).name}`"
+    seen = "held-out Toybox scenes"
+    if args.validation_data is not None:
+        seen = f"the data set `{Path(args.validation_data).name}`" + (" and on " + seen if args.toybox else "")
     return build_model_card(
         repo_id,
         summary="An image autoencoder for diffusers, made to be inflated to Movie Gen's temporal autoencoder."
@@ -613,7 +683,7 @@ def main(args: Arguments) -> None:
 
     # 2. Data
     dataset, validation_dataset, loaders = None, None, {}
-    if not args.toybox:
+    if args.data is not None:
         columns = {"file_column": args.file_column, "caption_column": args.caption_column}
         if not is_shards(args.data):
             dataset = MediaDataset(args.data, args.frame_rate, buckets, exclude=args.exclude, **columns)
@@ -659,10 +729,7 @@ def main(args: Arguments) -> None:
 
     # 4. Steps
     first_batch = state.step * args.gradient_accumulation_steps
-    if args.toybox:
-        batches = toybox_batches(args, buckets, accelerator, PIXELS, first_batch)
-    else:
-        batches = media_batches(args, loaders, first_batch)
+    batches = training_batches(args, buckets, accelerator, loaders, start=first_batch)
     progress = tqdm(
         initial=state.step,
         total=args.max_train_steps,
@@ -772,10 +839,9 @@ def main(args: Arguments) -> None:
         with ema.applied():
             model.eval()
             if args.stage == "video":
-                if args.toybox:
-                    batches = toybox_batches(args, buckets, accelerator, STATISTICS)
-                else:
-                    batches = media_batches(args, make_loaders(args, buckets, accelerator, dataset, args.seed + 1))
+                if args.data is not None:
+                    loaders = make_loaders(args, buckets, accelerator, dataset, args.seed + 1)
+                batches = training_batches(args, buckets, accelerator, loaders, STATISTICS)
                 mean, std = measure_latents(model, batches, args.statistics_batches, accelerator)
                 model.register_to_config(latents_mean=mean, latents_std=std)
             if accelerator.is_main_process:

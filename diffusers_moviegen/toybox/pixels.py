@@ -1,7 +1,7 @@
 """Batches of Toybox pictures and clips without words, for an autoencoder to learn from.
 
-Varied ones have several objects in any colours, from which a fresh autoencoder learns several times faster than from
-the world as it is: most of such a picture has to be coded.
+Varied ones are of every look, before and after edits, and of crowds in any colours, from which a fresh autoencoder
+learns several times faster than from the world as it is: most of such a picture has to be coded.
 """
 
 from collections.abc import Callable
@@ -9,9 +9,17 @@ from dataclasses import fields
 
 import torch
 
+from .data import LOOKS, Sampler
 from .judges.sight import MAX_COLOUR_DISTANCE
 from .scenes import Scenes, draw_scenes, draw_two_object_scenes, render, sample_tuple_pairs, sample_tuples
-from .vocabulary import BACKGROUNDS, COLOURS, core_tuples, is_held_out
+from .vocabulary import BACKGROUNDS, COLOURS, LUMA_WEIGHTS, core_tuples, is_held_out
+
+
+# The edits that change object and ground at once, on an RGB colour.
+_STYLES = {
+    "invert": lambda colour: 255 - colour,
+    "black and white": lambda colour: (torch.tensor(LUMA_WEIGHTS) @ colour.float()).expand(3),
+}
 
 
 def draw_crowd(count: int, generator: torch.Generator, num_objects: int = 4) -> Scenes:
@@ -39,11 +47,44 @@ def draw_crowd(count: int, generator: torch.Generator, num_objects: int = 4) -> 
 def draw_varied_scenes(count: int, generator: torch.Generator, height: int, width: int) -> Scenes:
     """Training scenes for pictures of `height` x `width` pixels: core ones, two objects or crowds."""
     kind = torch.rand((), generator=generator)
-    if kind < 0.4:
+    if kind < 0.15:
         return draw_scenes(sample_tuples(count, generator), generator)
-    if kind < 0.6:
+    if kind < 0.35:
         return draw_two_object_scenes(sample_tuple_pairs(count, generator), generator, height, width)
     return draw_crowd(count, generator)
+
+
+def draw_looks(
+    count: int, num_frames: int, height: int, width: int, frame_rate: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Training clips with what one object on flat ground has not: words, cameras, checks, persons; or edited ones.
+
+    Where an edit of the whole picture would make an object look like one of a held-out tuple, the clip is the source.
+    """
+    edited = torch.rand((), generator=generator) < 0.4
+    looks = [
+        look for look in ("text", "camera", "checkered", "person") if look != "person" or min(height, width) >= 128
+    ]
+    sampler = Sampler(
+        task="edit" if edited else "text_to_video",
+        split="train",
+        seed=torch.randint(2**31, (), generator=generator).item(),
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        frame_rate=frame_rate,
+        looks={look: LOOKS[look] for look in looks},
+        paired=False,
+    )
+    columns = sampler({"index": list(range(count))})
+    if not edited:
+        return torch.stack(columns["video"])
+    clips = []
+    for source, target, truth in zip(columns["source"], columns["target"], columns["truth"], strict=True):
+        words = truth["colour"], truth["shape"], truth["motion"], truth["background"]
+        style = _STYLES.get(truth["edit"])
+        clips.append(source if style is not None and _looks_held_out(words, style) else target)
+    return torch.stack(clips)
 
 
 def _looks_held_out(words: tuple[str, str, str, str], recolour: Callable[[torch.Tensor], torch.Tensor]) -> bool:
@@ -101,7 +142,8 @@ def draw_pixels(
         frame_rate: frames a second; pictures have none.
         generator: on the CPU.
         device: where to render.
-        varied: several objects in any colours, of the training split, instead of the core scenes of one split.
+        varied: all looks and edits, and several objects in any colours, of the training split, instead of the core
+            scenes of one split.
         held_out: the split of those.
 
     Returns:
@@ -109,19 +151,18 @@ def draw_pixels(
     """
     images = num_frames == 1
     num_scenes = count // 2 if images else count
-    if varied:
-        scenes = draw_varied_scenes(num_scenes, generator, height, width)
-    else:
-        scenes = draw_scenes(sample_tuples(num_scenes, generator, held_out=held_out), generator)
     if images:
         # The first moment of the motion and another one of its first two seconds.
         moment = 2 * torch.rand((), generator=generator).item() + 1e-3
-        video = render(scenes, 2, 1 / moment, height, width, device)
-        video = video.transpose(1, 2).flatten(0, 1)[:, :, None]
+        num_frames, frame_rate = 2, 1 / moment
+    if varied and torch.rand((), generator=generator) < 0.3:
+        video = draw_looks(num_scenes, num_frames, height, width, frame_rate, generator).to(device)
     else:
+        if varied:
+            scenes = draw_varied_scenes(num_scenes, generator, height, width)
+        else:
+            scenes = draw_scenes(sample_tuples(num_scenes, generator, held_out=held_out), generator)
         video = render(scenes, num_frames, frame_rate, height, width, device)
-    if varied:
-        clips_a_scene = count // num_scenes
-        tuples = [scenes.tuples(i) for i in range(num_scenes) for _ in range(clips_a_scene)]
-        video = vary_colours(video, tuples, generator)
-    return video
+        if varied:
+            video = vary_colours(video, [scenes.tuples(i) for i in range(num_scenes)], generator)
+    return video.transpose(1, 2).flatten(0, 1)[:, :, None] if images else video

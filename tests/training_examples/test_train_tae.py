@@ -10,6 +10,8 @@ import resource
 import shutil
 import signal
 import tarfile
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,14 +71,36 @@ def image_run(script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def video_run(script, image_run, tmp_path_factory):
-    """The folder of a run with all losses, and all scenes drawn in it: (drawn by validate, scenes, their frames)."""
-    folder, drawn, validating = tmp_path_factory.mktemp("tae"), [], []
-    with pytest.MonkeyPatch.context() as patch:
-        render, validate = pixels.render, script.validate
+    """The folder of a run with all losses, and the tuples of each scene drawn in it and the frames of each batch.
 
-        def record_render(scenes, num_frames, *args):
-            drawn.append((bool(validating), scenes, num_frames))
-            return render(scenes, num_frames, *args)
+    Both by whether validate drew them; of an edited clip the tuples before and after.
+    """
+    folder, validating = tmp_path_factory.mktemp("tae"), []
+    drawn, frames = {True: [], False: []}, {True: [], False: []}
+    with pytest.MonkeyPatch.context() as patch:
+        render, validate, draw_words, draw_pixels = (
+            pixels.render,
+            script.validate,
+            pixels.Sampler.draw_words,
+            script.draw_pixels,
+        )
+
+        def record_pixels(count, num_frames, *args, **kwargs):
+            frames[bool(validating)].append(num_frames)
+            return draw_pixels(count, num_frames, *args, **kwargs)
+
+        def record_render(scenes, *args):
+            drawn[bool(validating)].extend(scenes.tuples(i) for i in range(len(scenes)))
+            return render(scenes, *args)
+
+        def record_words(self, index):
+            caption, words = draw_words(self, index)
+            source = {name: words[name] for name in ("colour", "shape", "motion", "background")}
+            target = source | {name[4:]: word for name, word in words.items() if name.startswith("new_")}
+            if words.get("edit") == "add":
+                target["motion"] = "stays still"
+            drawn[bool(validating)].append([tuple(source.values()), tuple(target.values())])
+            return caption, words
 
         def record_validate(*args):
             validating.append(True)
@@ -85,6 +109,8 @@ def video_run(script, image_run, tmp_path_factory):
             return figures
 
         patch.setattr(pixels, "render", record_render)
+        patch.setattr(pixels.Sampler, "draw_words", record_words)
+        patch.setattr(script, "draw_pixels", record_pixels)
         patch.setattr(script, "validate", record_validate)
         run(
             script,
@@ -103,7 +129,7 @@ def video_run(script, image_run, tmp_path_factory):
             **ADVERSARY,
             **SMALL | {"statistics_batches": 8},
         )
-    return folder, drawn
+    return folder, drawn, frames
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +244,7 @@ def test_the_adversary_learns_at_the_rate_of_the_autoencoder(video_run):
 
 
 def test_held_out_scenes_are_for_validation_only(video_run):
-    training, validation = [], []
-    for in_validation, scenes, _ in video_run[1]:
-        (validation if in_validation else training).extend(scenes.tuples(i) for i in range(len(scenes)))
+    training, validation = video_run[1][False], video_run[1][True]
     # 12 steps and 8 batches for the statistics of the latents; 8 batches of each kind in two validations.
     assert len(training) == (12 + 8) * 2 and len(validation) == 2 * (8 + 8) * 2
     assert not any(is_held_out(*words) for objects in training for words in objects)
@@ -229,9 +253,7 @@ def test_held_out_scenes_are_for_validation_only(video_run):
 
 
 def test_three_batches_of_clips_follow_one_of_pictures(video_run):
-    """A picture batch is made of two frames of each scene, at some moments of its motion."""
-    frames = [num_frames for in_validation, _, num_frames in video_run[1] if not in_validation]
-    assert frames[:12] == [2, 9, 9, 9] * 3
+    assert video_run[2][False][:12] == [1, 9, 9, 9] * 3
 
 
 def test_clips_start_from_the_inflated_image_model(script, image_run, tmp_path):
@@ -372,7 +394,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(script, image_run, tmp
         assert all(value.isfinite().all() for value in load_file(file).values()), file
 
 
-@pytest.mark.parametrize("source", ["toybox", "media"])
+@pytest.mark.parametrize("source", ["toybox", "media", "both"])
 def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_path, monkeypatch, source):
     arguments = {
         **SMALL,
@@ -390,6 +412,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_pa
             "num_workers": 0,
             "video_batch_size": 1,
         }
+    if source == "both":
+        # Drawn and read in turns: one of the batches of files is before the checkpoint, two are after it.
+        arguments |= {"data": clips, "num_workers": 0, "images_to_videos": [0, 1], "toybox_to_data": [1, 1]}
+        arguments |= {"video_batch_size": 1, "toybox_frame_rates": [8, 16]}
     losses = run_and_record_losses(script, monkeypatch, output_dir=tmp_path / "whole", **arguments)
     # Two losses a step from the third on: killed between those of the sixth.
     before = run_and_record_losses(script, monkeypatch, 9, output_dir=tmp_path / "parts", **arguments)
@@ -574,14 +600,18 @@ def test_the_image_stage_takes_frames_of_films(script, clips, tmp_path, monkeypa
     AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
-def test_shards_are_streamed(script, image_run, clips, tmp_path, monkeypatch):
-    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+def write_shard(path, clips) -> None:
+    with tarfile.open(path, "w") as archive:
         for index in range(4):
             film = (clips / f"film_{index}.mp4").read_bytes()
             for name, content in ((f"{index}.mp4", film), (f"{index}.txt", b"a film")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
+
+
+def test_shards_are_streamed(script, image_run, clips, tmp_path, monkeypatch):
+    write_shard(tmp_path / "shard.tar", clips)
     videos = record_batches(script, monkeypatch)
     run(
         script,
@@ -595,6 +625,204 @@ def test_shards_are_streamed(script, image_run, clips, tmp_path, monkeypatch):
     )
     assert [tuple(video.shape) for video in videos] == [(2, 3, 9, 32, 40)] * 4
     AutoencoderKLMovieGen.from_pretrained(tmp_path / "run" / "vae")
+
+
+# Read by hand from "turns of two drawn to one read, a turn of one step of pictures and two of clips": capitals are
+# drawn, p and c are pictures and clips of files.
+SCHEDULE = "PCC PCC pcc PCC PCC pcc PCC PCC pcc PCC".replace(" ", "")
+
+
+def mixed_arguments(script, clips, **options):
+    sizes = {name: [value] if name in ("aspect_ratios", "lengths") else value for name, value in SIZES.items()}
+    mixed = {"toybox": True, "data": str(clips), "num_workers": 0, "video_batch_size": 2, "image_batch_size": 2}
+    mixed |= {"images_to_videos": [1, 2], "toybox_to_data": [2, 1], "vary_scenes": False}
+    return script.Arguments(output_dir="", **sizes | mixed | options)
+
+
+def mixed_batches(script, args, count, start=0, states=None):
+    """Batches `start` to `count`, and the positions of the loaders at each of them."""
+    accelerator = script.Accelerator()
+    lengths = (1,) if args.stage == "image" else (9,)
+    buckets = script.Buckets(36, (1.25,), lengths, 8)
+    dataset = None
+    if not args.data.endswith(".tar"):
+        dataset = script.MediaDataset(args.data, 8, buckets)
+    loaders = script.make_loaders(args, buckets, accelerator, dataset, args.seed)
+    for kind, state in (states or {}).items():
+        loaders[kind].load_state_dict(state)
+    batches, positions = [], []
+    for batch in script.training_batches(args, buckets, accelerator, loaders, start=start):
+        batches.append(batch)
+        positions.append({kind: loader.state_dict() for kind, loader in loaders.items()})
+        if start + len(batches) == count:
+            return batches, positions
+
+
+def kind_of(batch) -> str:
+    letter = "p" if batch["video"].shape[2] == 1 else "c"
+    return letter.upper() if batch["name"][0].startswith("Toybox") else letter
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_drawn_and_read_batches_take_turns(script, clips, accumulation):
+    args = mixed_arguments(script, clips, gradient_accumulation_steps=accumulation)
+    batches, positions = mixed_batches(script, args, 30 * accumulation)
+    assert "".join(map(kind_of, batches)) == "".join(letter * accumulation for letter in SCHEDULE)
+    drawn = [(number, batch["name"]) for number, batch in enumerate(batches) if kind_of(batch).isupper()]
+    assert all(name == [f"Toybox batch {number}"] for number, name in drawn)
+    # Turns of Toybox pass no file over: every epoch of two batches has the four films, or pictures, once.
+    for letter, name in (("p", "picture"), ("c", "film")):
+        names = [file for batch in batches if kind_of(batch) == letter for file in batch["name"]]
+        for epoch in range(len(names) // 4):
+            files = names[4 * epoch : 4 * epoch + 4]
+            assert sorted(files) == [f"{name}_{i}.{'png' if letter == 'p' else 'mp4'}" for i in range(4)]
+    # From any place on, with the positions of a checkpoint, the rest is what it was.
+    for start in (7 * accumulation, 18 * accumulation):
+        rest, _ = mixed_batches(script, args, 22 * accumulation, start, positions[start - 1])
+        for batch, expected in zip(rest, batches[start:], strict=False):
+            assert batch["name"] == expected["name"] and torch.equal(batch["video"], expected["video"])
+
+
+def test_turns_of_the_image_stage_are_single_steps(script, clips):
+    batches, _ = mixed_batches(script, mixed_arguments(script, clips, stage="image"), 9)
+    assert "".join(map(kind_of, batches)) == "PPpPPpPPp"
+
+
+def test_turns_of_shards(script, clips, tmp_path):
+    """Which have clips only, here also where it would be the turn of pictures."""
+    write_shard(tmp_path / "shard.tar", clips)
+    args = mixed_arguments(script, tmp_path / "shard.tar")
+    batches, positions = mixed_batches(script, args, 18)
+    assert "".join(map(kind_of, batches)) == "PCCPCCcccPCCPCCccc"
+    rest, _ = mixed_batches(script, args, 18, 8, positions[7])
+    for batch, expected in zip(rest, batches[8:], strict=True):
+        assert batch["name"] == expected["name"] and torch.equal(batch["video"], expected["video"])
+
+
+def test_toybox_alone_and_files_alone_take_no_turns(script, clips):
+    for options in ({"data": None}, {"toybox": False}):
+        args = mixed_arguments(script, clips, **options)
+        assert {args.takes_toybox(step) for step in range(40)} == {args.toybox}
+
+
+def record_draws(script, monkeypatch) -> list:
+    """Count, frames, height, width and frame rate of each batch that is to be drawn, and the seed of what it shows."""
+    drawn = []
+
+    def record(count, num_frames, height, width, frame_rate, generator, device, **options):
+        drawn.append((count, num_frames, height, width, frame_rate, generator.initial_seed()))
+        return torch.zeros(count, 3, num_frames, height, width, dtype=torch.uint8)
+
+    monkeypatch.setattr(script, "draw_pixels", record)
+    return drawn
+
+
+def test_toybox_is_drawn_at_all_sizes_and_rates(script, clips, monkeypatch):
+    """Batches have about the pixels of one at --resolution 128; all processes draw the same shape."""
+    drawn = record_draws(script, monkeypatch)
+    sizes = {"image_batch_size": 6, "video_batch_size": 3, "images_to_videos": [1, 1]}
+    sizes |= {"toybox_resolutions": [64, 128], "toybox_frame_rates": [8, 16]}
+    args = mixed_arguments(script, clips, data=None, **sizes)
+    buckets = script.Buckets(128, (1.0,), (9,), 8)
+    by_rank = []
+    for rank in range(2):
+        drawn.clear()
+        accelerator = SimpleNamespace(process_index=rank, device="cpu")
+        for number in range(480):
+            script.draw_batch(args, buckets, accelerator, script.PIXELS, number)
+        by_rank.append(list(drawn))
+    for (*first, seed), (*second, other_seed) in zip(*by_rank, strict=True):
+        assert first == second and seed != other_seed
+    counts = {(64, 64): 12, (96, 64): 8, (64, 96): 8, (128, 128): 3, (192, 128): 2, (128, 192): 2}
+    found = Counter()
+    for number, (count, num_frames, height, width, frame_rate, _) in enumerate(drawn):
+        assert num_frames == (9 if number % 2 else 1)
+        assert count == counts[height, width] * (1 if number % 2 else 2)
+        found[height, width, frame_rate] += 1
+    assert found.keys() == {(*size, rate) for size in counts for rate in (8, 16)}
+    # Of 480 batches each of the twelve shapes has 40, give or take four standard deviations.
+    assert all(abs(number - 40) < 25 for number in found.values())
+
+
+def test_small_batches_of_large_pictures_are_never_empty(script, clips, monkeypatch):
+    drawn = record_draws(script, monkeypatch)
+    args = mixed_arguments(script, clips, data=None, toybox_resolutions=[128])
+    buckets = script.Buckets(36, (1.25,), (9,), 8)
+    for number in range(60):
+        script.draw_batch(args, buckets, SimpleNamespace(process_index=0, device="cpu"), script.PIXELS, number)
+    assert {(count, num_frames) for count, num_frames, *_ in drawn} == {(2, 1), (1, 9)}
+
+
+def test_one_size_and_rate_without_more(script, clips, monkeypatch):
+    drawn = record_draws(script, monkeypatch)
+    args = mixed_arguments(script, clips)
+    buckets = script.Buckets(36, (1.25,), (9,), 8)
+    for number in range(8):
+        script.draw_batch(args, buckets, SimpleNamespace(process_index=0, device="cpu"), script.PIXELS, number)
+    assert {shape[2:5] for shape in drawn} == {(32, 40, 8)}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_validation_has_files_and_held_out_scenes_of_all_sizes(script, clips, monkeypatch, num_processes):
+    drawn = record_draws(script, monkeypatch)
+    sizes = {"toybox_resolutions": [64, 128], "toybox_frame_rates": [8, 16]}
+    args = mixed_arguments(script, clips, validation_data=str(clips), **sizes)
+    buckets = script.Buckets(36, (1.25,), (9,), 8)
+    dataset = script.MediaDataset(clips, 8, buckets)
+    kinds = Counter()
+    for rank in range(num_processes):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=num_processes, device="cpu")
+        for kind, video in script.validation_batches(args, buckets, dataset, accelerator):
+            kinds[kind] += 1
+            assert ("images" in kind) == (video.shape[2] == 1)
+    assert kinds == {"images": 4, "clips": 4, "toybox_images": 8, "toybox_clips": 8}
+    for num_frames in (1, 9):
+        shapes = [shape for shape in drawn if shape[1] == num_frames]
+        assert {shape[2:4] for shape in shapes} == set(script.SIZES)
+        assert {shape[4] for shape in shapes} == {8, 16} and len({shape[5] for shape in shapes}) == 8
+
+
+def test_figures_of_files_and_of_toybox_are_apart(script, clips, tmp_path, capsys):
+    options = {"data": clips, "validation_data": clips, "num_workers": 0, "toybox_to_data": [1, 1]}
+    run(script, output_dir=tmp_path, stage="image", max_train_steps=2, **SMALL | options)
+    line = printed(capsys)[-1]
+    names = {f"{figure}_{kind}" for figure in ("psnr", "ssim") for kind in ("images", "toybox_images")}
+    assert {name for name in line if name.startswith(("psnr", "ssim"))} == names
+    sheets = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert sheets == {"step_000002_images.png", "step_000002_toybox_images.png"}
+    # An original above its reconstruction, of each file and of the four pictures of each of eight batches.
+    shapes = {"images": (16 * 32, 40, 3), "toybox_images": (16 * 32, 4 * 40, 3)}
+    for kind, shape in shapes.items():
+        assert np.asarray(Image.open(tmp_path / "samples" / f"step_000002_{kind}.png")).shape == shape
+    without = tmp_path / "without"
+    del options["validation_data"]
+    run(script, output_dir=without, stage="image", max_train_steps=1, **SMALL | options)
+    assert {name for name in printed(capsys)[-1] if "_images" in name} == {"psnr_images", "ssim_images"}
+
+
+def test_the_card_names_all_that_was_trained_and_measured_on(script, clips, tmp_path):
+    buckets = script.Buckets(36, (1.25,), (9,), 8)
+    dataset = script.MediaDataset(clips, 8, buckets)
+    world = "Toybox, a procedural world of coloured shapes, drawn by the program itself."
+    files, figures = f"`{clips.name}`: 4 images and 4 videos.", {"loss": 1.0, "psnr_images": 20.0}
+    shards = f"The shards `{clips.name}`."
+    for options, source, expected, seen in (
+        (
+            {"validation_data": "seen"},
+            dataset,
+            f"{world} {files}",
+            "the data set `seen` and on held-out Toybox scenes",
+        ),
+        ({}, dataset, f"{world} {files}", "on held-out Toybox scenes"),
+        ({}, None, f"{world} {shards}", "on held-out Toybox scenes"),
+        ({"data": None}, None, world, "on held-out Toybox scenes"),
+        ({"toybox": False, "validation_data": "seen"}, dataset, files, "on the data set `seen`, decoded"),
+    ):
+        args = mixed_arguments(script, clips, **options)
+        text = script.model_card(args, "user/name", figures, source, 1).text
+        assert expected in text and seen in text and str(clips.parent) not in text
+        assert (world in text) == args.toybox and (files in text) == (source is not None)
+        assert ("Toybox scenes" in text) == args.toybox
 
 
 def test_a_mistake_found_by_the_first_step_is_one_line(script, image_run, tmp_path, capsys):
@@ -628,6 +856,8 @@ def test_trains_on_two_processes_without_av_and_datasets(image_run, tmp_path):
         image_autoencoder=image_run / "vae",
         output_dir=tmp_path / "run",
         max_train_steps=4,
+        toybox_resolutions=64,
+        toybox_frame_rates=[8, 16],
         **ADVERSARY,
         **SMALL,
     )
@@ -697,8 +927,21 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"image_autoencoder": "a", "autoencoder": "b"}, "both given; start from one of them"),
         ({"image_batch_size": 3}, "--image_batch_size is 3: use a multiple of 2"),
         ({"validation_steps": 0}, "--validation_steps is 0: it must be at least 1"),
-        ({"toybox": False}, "pass either --data, what to train on, or --toybox"),
-        ({"data": "clips"}, "pass either --data, what to train on, or --toybox"),
+        ({"toybox": False}, "pass --data, what to train on, or --toybox, or both"),
+        ({"data": "missing"}, "'missing' is no file or folder here"),
+        ({"toybox_to_data": [3]}, r"--toybox_to_data is \[3\]: pass two numbers of turns such as 3 1"),
+        ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
+        ({"toybox_resolutions": [64, 32]}, r"--toybox_resolutions \[64, 32\]: Toybox is drawn at 64 and 128"),
+        ({"toybox_frame_rates": [8, 0]}, r"--toybox_frame_rates \[8.0, 0.0\]: they must be above 0 frames a second"),
+        ({"toybox_frame_rates": "nan"}, r"--toybox_frame_rates \[nan\]: they must be above 0 frames a second"),
+        (
+            {"toybox": False, "data": "clips", "toybox_frame_rates": 8},
+            "--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox",
+        ),
+        (
+            {"toybox": False, "data": "clips", "toybox_resolutions": 64},
+            "--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox",
+        ),
         ({"validation_data": "clips"}, "--validation_data and --exclude are for --data"),
         ({"exclude": ["a*"]}, "--validation_data and --exclude are for --data"),
         ({"lengths": 1}, r"--lengths \[1\]: a clip has 2 frames or more"),
