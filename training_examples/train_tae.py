@@ -111,8 +111,12 @@ class Arguments:
     aspect_ratios: list[float] = field(default_factory=lambda: [1.0], metadata={"help": "width over height"})
     lengths: list[int] = field(default_factory=lambda: [32], metadata={"help": "frames of the clips"})
     frame_rate: float = 16
-    vary_scenes: bool = field(
-        default=True, metadata={"help": "Toybox in all looks, edited, and with several objects in any colours too"}
+    varied_share: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of Toybox's batches in all looks, edited, and with several objects in any colours; the "
+            "others have single objects on flat grounds"
+        },
     )
     images_to_videos: list[int] = field(
         default_factory=lambda: [1, 3], metadata={"help": "steps of pictures to steps of clips"}
@@ -196,6 +200,8 @@ class Arguments:
             raise ValueError(f"--toybox_resolutions {self.toybox_resolutions}: Toybox is drawn at {known}.")
         if self.toybox and len(self.aspect_ratios) * len(self.lengths) != 1:
             raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
+        if not 0 <= self.varied_share <= 1:
+            raise ValueError(f"--varied_share is {self.varied_share}: it must be from 0 to 1.")
         if self.toybox and self.image_batch_size % 2:
             raise ValueError(
                 f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
@@ -362,6 +368,7 @@ def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stre
     # All processes draw the same shape, so that none has to wait.
     generator = step_generator(args.seed, number, stream=SHAPES)
     height, width, frame_rate = shapes[torch.randint(len(shapes), (), generator=generator).item()]
+    varied_draw = torch.rand((), generator=generator).item()
     share = math.prod(buckets.sizes[0]) / (height * width)
     images = args.takes_images(number // args.gradient_accumulation_steps)
     if images:
@@ -369,7 +376,8 @@ def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stre
     else:
         count, num_frames = max(round(share * args.video_batch_size), 1), buckets.lengths[0]
     generator = step_generator(args.seed, number, accelerator.process_index, stream)
-    varied = args.vary_scenes and stream == PIXELS
+    # Statistics are those of single objects.
+    varied = stream == PIXELS and varied_draw < args.varied_share
     video = draw_pixels(count, num_frames, height, width, frame_rate, generator, accelerator.device, varied=varied)
     return {"video": video, "name": [f"Toybox batch {number}"]}
 

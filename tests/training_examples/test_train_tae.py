@@ -635,7 +635,7 @@ SCHEDULE = "PCC PCC pcc PCC PCC pcc PCC PCC pcc PCC".replace(" ", "")
 def mixed_arguments(script, clips, **options):
     sizes = {name: [value] if name in ("aspect_ratios", "lengths") else value for name, value in SIZES.items()}
     mixed = {"toybox": True, "data": str(clips), "num_workers": 0, "video_batch_size": 2, "image_batch_size": 2}
-    mixed |= {"images_to_videos": [1, 2], "toybox_to_data": [2, 1], "vary_scenes": False}
+    mixed |= {"images_to_videos": [1, 2], "toybox_to_data": [2, 1], "varied_share": 0}
     return script.Arguments(output_dir="", **sizes | mixed | options)
 
 
@@ -715,6 +715,24 @@ def record_draws(script, monkeypatch) -> list:
 
     monkeypatch.setattr(script, "draw_pixels", record)
     return drawn
+
+
+def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
+    """The same ones on every process; statistics are those of single objects."""
+    varied = []
+    monkeypatch.setattr(script, "draw_pixels", lambda *_, **options: varied.append(options["varied"]))
+    buckets = script.Buckets(36, (1.25,), (9,), 8)
+    for share, fewest, most in ((0, 0, 0), (0.25, 70, 130), (1, 400, 400)):
+        args = mixed_arguments(script, clips, data=None, varied_share=share)
+        by_rank = []
+        for rank, stream in ((0, script.PIXELS), (1, script.PIXELS), (0, script.STATISTICS)):
+            varied.clear()
+            accelerator = SimpleNamespace(process_index=rank, device="cpu")
+            for number in range(400):
+                script.draw_batch(args, buckets, accelerator, stream, number)
+            by_rank.append(list(varied))
+        assert by_rank[0] == by_rank[1] and fewest <= sum(by_rank[0]) <= most
+        assert not any(by_rank[2])
 
 
 def test_toybox_is_drawn_at_all_sizes_and_rates(script, clips, monkeypatch):
@@ -929,6 +947,7 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"validation_steps": 0}, "--validation_steps is 0: it must be at least 1"),
         ({"toybox": False}, "pass --data, what to train on, or --toybox, or both"),
         ({"data": "missing"}, "'missing' is no file or folder here"),
+        ({"varied_share": 1.5}, "--varied_share is 1.5: it must be from 0 to 1"),
         ({"toybox_to_data": [3]}, r"--toybox_to_data is \[3\]: pass two numbers of turns such as 3 1"),
         ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
         ({"toybox_resolutions": [64, 32]}, r"--toybox_resolutions \[64, 32\]: Toybox is drawn at 64 and 128"),
