@@ -42,6 +42,7 @@ from diffusers_moviegen.training import (
     MediaDataset,
     MediaError,
     MediaStream,
+    Muon,
     PatchDiscriminator3D,
     RunState,
     ShardedEMA,
@@ -142,6 +143,10 @@ class Arguments:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     max_train_steps: int = 100_000
+    optimizer: str = field(
+        default="adamw",
+        metadata={"help": "muon orthogonalises the updates of convolutions", "choices": ["adamw", "muon"]},
+    )
     learning_rate: float = 1e-4
     lr_scheduler: str = field(default="cosine", metadata={"choices": ["cosine", "linear", "constant_with_warmup"]})
     lr_warmup_steps: int = 1000
@@ -701,7 +706,8 @@ def main(args: Arguments) -> None:
 
     # 3. Optimisation
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    make_optimizer = Muon if args.optimizer == "muon" else torch.optim.AdamW
+    optimizer = make_optimizer(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )

@@ -55,6 +55,7 @@ from .media_dataset import (
     read_media,
 )
 from .media_loaders import BucketLoader, StreamLoader
+from .muon import Muon
 from .run_folders import check_output_dir, written_beside
 from .sample_sheets import save_sample_sheet
 from .sharding import end_training, prepare_sharding
@@ -79,6 +80,7 @@ __all__ = [
     "MediaRow",
     "MediaSample",
     "MediaStream",
+    "Muon",
     "PatchDiscriminator3D",
     "RunState",
     "ShardedEMA",

@@ -1,0 +1,86 @@
+"""Muon against torch's own on matrices, AdamW against torch's own on the rest."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from diffusers_moviegen.training import Muon
+from diffusers_moviegen.training.muon import orthogonalize
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 16, 5))
+
+
+def train(model: nn.Module, optimizers: list, steps: range) -> None:
+    for step in steps:
+        inputs = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        model(inputs).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def as_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    weights = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    return weights, [nn.Parameter(weight.detach().view(weight.shape[0], -1)) for weight in weights]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_updates_are_those_of_torch(weight_decay):
+    ours, theirs = make_model(), make_model()
+    options = {"lr": 0.02, "weight_decay": weight_decay}
+    train(ours, [Muon(ours.parameters(), betas=(0.9, 0.99), **options)], range(5))
+
+    # torch's takes matrices only: views of the same memory, which are given the gradients as matrices.
+    weights, matrices = as_matrices(theirs)
+    others = [parameter for parameter in theirs.parameters() if parameter.ndim < 2]
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+    adam = torch.optim.AdamW(others, betas=(0.9, 0.99), **options)
+    for step in range(5):
+        inputs = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        theirs(inputs).square().mean().backward()
+        for weight, matrix in zip(weights, matrices, strict=True):
+            matrix.grad = weight.grad.view_as(matrix)
+        for optimizer in (muon, adam):
+            optimizer.step()
+        theirs.zero_grad()
+    for mine, expected, start in zip(ours.parameters(), theirs.parameters(), make_model().parameters(), strict=True):
+        assert not torch.allclose(expected, start, atol=1e-3)
+        torch.testing.assert_close(mine, expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (1, 7)])
+def test_singular_values_become_about_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    result = orthogonalize(matrix).float()
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.3 and values.max() < 1.3
+    # The singular vectors stay.
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.nn.functional.cosine_similarity(result.flatten(), (u @ v).flatten(), dim=0) > 0.95
+
+
+def test_no_gradient_no_update():
+    weight = nn.Parameter(torch.zeros(4, 4))
+    assert not orthogonalize(torch.zeros(4, 4)).any()
+    optimizer = Muon([weight], lr=1.0)
+    optimizer.step()
+    assert not weight.any() and not optimizer.state
+
+
+def test_a_restored_optimizer_goes_on():
+    straight, resumed = make_model(), make_model()
+    train(straight, [Muon(straight.parameters(), lr=0.02)], range(6))
+    first = Muon(resumed.parameters(), lr=0.02)
+    train(resumed, [first], range(3))
+    state = copy.deepcopy(first.state_dict())
+    second = Muon(resumed.parameters(), lr=0.5)
+    second.load_state_dict(state)
+    train(resumed, [second], range(3, 6))
+    for expected, actual in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual)
