@@ -3,12 +3,18 @@
 Logistic regressions are fitted on the features the backbone sees (`last_hidden_state`) of training captions and scored
 on held-out ones: each field from the mean over a caption's tokens; in captions with two objects, what belongs to an
 object from the features of a single token of it. A causal encoder (CLIP) cannot know at the colour what is said after
-it, so it is asked for the colour at the noun only. The image encoder is probed at its embedding of one picture.
+it, so it is asked for the colour at the noun only. The image encoder is probed at its embedding of one picture and at
+the mean over the features of its patches: what is drawn in first frames and where in frames of any moment, both of
+held-out tuples, and who is shown in reference images of people never trained on. Of numbers, the share of the variance
+that a linear regression explains is printed.
 
     python benchmarks/probe_text_encoders.py
+    python benchmarks/probe_text_encoders.py --model image_encoder --encoders image_encoder
 """
 
 import argparse
+import colorsys
+import math
 import random
 import string
 
@@ -23,11 +29,14 @@ from transformers import (
 )
 
 from diffusers_moviegen import bundled_checkpoint
-from diffusers_moviegen.toybox import captions, scenes
-from diffusers_moviegen.toybox.vocabulary import AMBIENCES, COLOURS, EVENTS, MOTIONS, SHAPES, VOICES
+from diffusers_moviegen.toybox import captions, people, scenes
+from diffusers_moviegen.toybox.vocabulary import AMBIENCES, BACKGROUNDS, COLOURS, EVENTS, MOTIONS, SHAPES, VOICES
 
 
 VALUES = {"colour": tuple(COLOURS), "shape": SHAPES, "motion": MOTIONS}
+SYMMETRIES = {"square": 4, "triangle": 3, "star": 5}
+"""Turns after which a shape looks the same are one in so many of a full circle."""
+TEXT_ENCODERS = {"text_encoder": T5EncoderModel, "text_encoder_2": CLIPTextModel, "text_encoder_3": T5EncoderModel}
 NOUNS = {noun for nouns in captions.SHAPE_NOUNS.values() for noun in nouns}
 
 
@@ -60,6 +69,21 @@ def probe(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, to
     optimizer.step(closure)
     guesses = (test_features @ weight + bias).argmax(1)
     return 100 * (guesses == test_classes).float().mean().item()
+
+
+def explained(train: tuple[torch.Tensor, torch.Tensor], test: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Variance in percent on `test` that a linear regression fitted on `train` explains; both are (features, values).
+
+    Values are of shape `(rows, numbers)`; the variances of the numbers are added up.
+    """
+    (features, values), (test_features, test_values) = train, test
+    mean, std, centre = features.mean(0), features.std(0) + 1e-6, values.mean(0)
+    features, test_features = ((rows - mean) / std for rows in (features, test_features))
+    # A ridge as weak as the logistic regression's keeps features that depend on one another solvable.
+    gram = features.T @ features / len(features) + 1e-4 * torch.eye(features.shape[1])
+    weight = torch.linalg.solve(gram, features.T @ (values - centre) / len(features))
+    errors = test_features @ weight + centre - test_values
+    return 100 * (1 - errors.square().sum() / (test_values - test_values.mean(0)).square().sum()).item()
 
 
 def told(kind: str, fields: dict) -> dict[str, str | int]:
@@ -147,43 +171,124 @@ def probe_letters(tokenizer, encoder, rng: random.Random) -> dict[str, float]:
 
 
 @torch.no_grad()
-def embed_pictures(processor, encoder, held_out: bool, count: int, seed: int) -> tuple[torch.Tensor, scenes.Scenes]:
-    """Embeddings `(count, width)` in float32 of first frames at 64 x 64 pixels, and the scenes they show."""
-    generator = torch.Generator().manual_seed(2 * seed + held_out)
+def encode_pictures(processor, encoder, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings, and means over patches, `(count, width)` in float32, of uint8 `(count, 3, height, width)`."""
+    embeds, patches = [], []
+    for batch in pictures.split(250):
+        output = encoder(processor(list(batch), return_tensors="pt").pixel_values.to(encoder.dtype))
+        embeds.append(output.image_embeds.float())
+        patches.append(output.last_hidden_state[:, 1:].float().mean(1))
+    return torch.cat(embeds), torch.cat(patches)
+
+
+def draw_first_frames(count: int, generator: torch.Generator, held_out: bool) -> tuple[torch.Tensor, dict]:
+    """First frames at 64 x 64 pixels, and what they show: classes `(count,)`."""
     drawn = scenes.draw_scenes(scenes.sample_tuples(count, generator, held_out), generator)
-    embeds = []
-    for start in range(0, count, 250):
-        pictures = scenes.render(drawn[start : start + 250], num_frames=1)[:, :, 0]
-        pixels = processor(list(pictures), return_tensors="pt").pixel_values
-        embeds.append(encoder(pixels.to(encoder.dtype)).image_embeds.float())
-    return torch.cat(embeds), drawn
+    shown = {name: getattr(drawn, name).flatten() for name in ("colour", "shape", "background")}
+    return scenes.render(drawn, num_frames=1)[:, :, 0], shown
 
 
-def probe_pictures(processor, encoder, seed: int) -> dict[str, float]:
-    """Accuracy of what can be seen in a still picture."""
-    sets = [
-        embed_pictures(processor, encoder, held_out, count, seed) for held_out, count in ((False, 2000), (True, 1000))
-    ]
-    return {
-        name: probe(*((embeds, getattr(drawn, name).flatten()) for embeds, drawn in sets))
-        for name in ("colour", "shape", "background")
+def draw_moments(drawn: scenes.Scenes, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A frame of each scene at one of eight moments; `x`, `y`, `radius` and `angle` `(4, count, 1)` of its object."""
+    frame_rate = 1 / 0.27  # No two of the moments show the same turn of a shape.
+    rows, moments = torch.arange(len(drawn)), torch.randint(8, (len(drawn),), generator=generator)
+    paths = torch.stack(scenes.trajectories(drawn, torch.arange(8) / frame_rate, 64, 64))
+    return scenes.render(drawn, 8, frame_rate)[rows, :, moments], paths[:, rows, :, moments].transpose(0, 1)
+
+
+def draw_frames(count: int, generator: torch.Generator, held_out: bool) -> tuple[torch.Tensor, dict]:
+    """Frames of clips, and what they show: classes `(count,)` and numbers `(count, 1)`."""
+    drawn = scenes.draw_scenes(scenes.sample_tuples(count, generator, held_out), generator)
+    pictures, (x, y, radius, _) = draw_moments(drawn, generator)
+    return pictures, {"shape": drawn.shape.flatten(), "x (R2)": x, "y (R2)": y, "radius (R2)": radius}
+
+
+def draw_turned(count: int, generator: torch.Generator, held_out: bool) -> tuple[torch.Tensor, dict]:
+    """Frames of clips of what spins, and by shape how far it is turned, NaN for other shapes."""
+    tuples = scenes.sample_tuples(count, generator, held_out, motions=("spins",))
+    drawn = scenes.draw_scenes(tuples, generator)
+    pictures, (_, _, _, angle) = draw_moments(drawn, generator)
+    shown = {}
+    for shape, symmetry in SYMMETRIES.items():
+        turn = torch.cat([torch.cos(symmetry * angle), torch.sin(symmetry * angle)], dim=1)
+        shown[f"turn of {shape} (R2)"] = torch.where(drawn.shape == SHAPES.index(shape), turn, math.nan)
+    return pictures, shown
+
+
+def draw_references(count: int, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+    """Reference images of people at 128 x 128 pixels, and who they show."""
+    backgrounds = list(BACKGROUNDS)
+    words = [("stays still", backgrounds[i % len(backgrounds)]) for i in range(count)]
+    drawn = people.draw_people(words, generator)
+    hues = torch.tensor([2 * math.pi * colorsys.rgb_to_hsv(*(hair / 255).tolist())[0] for hair in drawn.hair])
+    shown = {
+        "skin": drawn.skin,
+        "style": drawn.style,
+        "glasses": drawn.glasses.long(),
+        "expression": drawn.expression,
+        "hair (R2)": drawn.hair,
+        "hair hue (R2)": torch.stack([torch.cos(hues), torch.sin(hues)], dim=1),
+        "tilt (R2)": drawn.tilt[:, None],
     }
+    return people.render_references(drawn), shown
+
+
+PICTURES = {
+    "pictures": draw_first_frames,
+    "frames": draw_frames,
+    "turned": draw_turned,
+    # Identities are continuous: those of another seed are new ones.
+    "people": lambda count, generator, held_out: draw_references(count, generator),
+}
+
+
+def probe_pictures(
+    processor, encoder, kind: str, seed: int, counts: tuple[int, int] = (2000, 1000)
+) -> dict[str, tuple[float, float]]:
+    """What can be read from pictures of a kind of `PICTURES`, from embeddings and from means over patches."""
+    sets = []
+    for held_out, count in zip((False, True), counts, strict=True):
+        # No training draws from seeds with the highest of the 32 bits.
+        generator = torch.Generator().manual_seed(seed | held_out << 31)
+        pictures, shown = PICTURES[kind](count, generator, held_out)
+        sets.append((encode_pictures(processor, encoder, pictures), shown))
+    results = {}
+    for name in sets[0][1]:
+        fit = explained if name.endswith("(R2)") else probe
+        known = [~shown[name].isnan().reshape(len(shown[name]), -1).any(1) for _, shown in sets]
+        results[name] = tuple(
+            fit(
+                *(
+                    (features[where][rows], shown[name][rows])
+                    for (features, shown), rows in zip(sets, known, strict=True)
+                )
+            )
+            for where in range(2)
+        )
+    return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder with the text encoders (default: the bundled Toybox checkpoint)")
+    parser.add_argument("--model", help="folder with the encoders (default: the bundled Toybox checkpoint)")
+    parser.add_argument(
+        "--encoders",
+        nargs="+",
+        choices=(*TEXT_ENCODERS, "image_encoder"),
+        default=(*TEXT_ENCODERS, "image_encoder"),
+        help="which to probe (default: all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the captions and pictures (default: 0)")
     args = parser.parse_args()
     model = args.model or bundled_checkpoint("toybox")
 
-    print(f"{'encoder':15} {'captions':12} {'probe':24} held-out accuracy")
-    for suffix, encoder_class in (("", T5EncoderModel), ("_2", CLIPTextModel), ("_3", T5EncoderModel)):
-        name = f"text_encoder{suffix}"
-        tokenizer = AutoTokenizer.from_pretrained(model, subfolder=f"tokenizer{suffix}")
+    for name, encoder_class in TEXT_ENCODERS.items():
+        if name not in args.encoders:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(model, subfolder=name.replace("text_encoder", "tokenizer"))
         encoder = encoder_class.from_pretrained(model, subfolder=name).eval()
         rng = random.Random(args.seed)
-        if suffix == "_3":
+        if name == "text_encoder_3":
             tables = {"words": probe_letters(tokenizer, encoder, rng)}
         else:
             tables = {
@@ -191,14 +296,18 @@ def main():
                 for kind in captions.CAPTION_KINDS
                 if kind != "two_objects"
             }
-            tables["two_objects"] = probe_bindings(tokenizer, encoder, suffix == "_2", rng)
+            tables["two_objects"] = probe_bindings(tokenizer, encoder, name == "text_encoder_2", rng)
+        print(f"{'encoder':15} {'captions':12} {'probe':24} held-out accuracy")
         for kind, results in tables.items():
             for what, accuracy in results.items():
                 print(f"{name:15} {kind:12} {what:24} {accuracy:5.1f} %")
-    processor = CLIPImageProcessor.from_pretrained(model, subfolder="image_processor")
-    encoder = CLIPVisionModelWithProjection.from_pretrained(model, subfolder="image_encoder").eval()
-    for what, accuracy in probe_pictures(processor, encoder, args.seed).items():
-        print(f"{'image_encoder':15} {'pictures':12} {what:24} {accuracy:5.1f} %")
+    if "image_encoder" in args.encoders:
+        processor = CLIPImageProcessor.from_pretrained(model, subfolder="image_processor")
+        encoder = CLIPVisionModelWithProjection.from_pretrained(model, subfolder="image_encoder").eval()
+        print(f"{'encoder':15} {'pictures':12} {'probe':24} held-out accuracy or R2: embedding, mean over patches")
+        for kind in PICTURES:
+            for what, (embedding, patches) in probe_pictures(processor, encoder, kind, args.seed).items():
+                print(f"{'image_encoder':15} {kind:12} {what:24} {embedding:5.1f} % {patches:5.1f} %")
 
 
 if __name__ == "__main__":
