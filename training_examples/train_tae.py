@@ -705,9 +705,11 @@ def main(args: Arguments) -> None:
             validation_dataset = MediaDataset(args.validation_data, args.frame_rate, buckets, **columns)
 
     # 3. Optimisation
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    make_optimizer = Muon if args.optimizer == "muon" else torch.optim.AdamW
-    optimizer = make_optimizer(parameters, lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=args.weight_decay)
+    options = {"lr": args.learning_rate, "betas": (0.9, 0.99), "weight_decay": args.weight_decay}
+    if args.optimizer == "muon":
+        optimizer = Muon(model, **options)
+    else:
+        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], **options)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.optimization import get_scheduler
 from huggingface_hub import ModelCard, snapshot_download
 from torch.optim.lr_scheduler import LambdaLR
@@ -40,6 +40,7 @@ from diffusers_moviegen.pipelines.prompt_encoding import TEXT_ENCODERS
 from diffusers_moviegen.training import (
     HalveOnPlateau,
     LatentCache,
+    Muon,
     RunState,
     ShardedEMA,
     StopSignal,
@@ -114,6 +115,9 @@ class Arguments:
     )
     prompt_dropout: float = field(default=0.1, metadata={"help": "share of prompts replaced by the empty one"})
     max_train_steps: int = 10000
+    optimizer: str = field(
+        default="adamw", metadata={"help": "muon orthogonalises the updates of layers", "choices": ["adamw", "muon"]}
+    )
     learning_rate: float = 1e-4
     lr_scheduler: str = field(
         default="cosine", metadata={"choices": ["cosine", "constant_with_warmup", "halve_on_plateau"]}
@@ -444,9 +448,13 @@ def main(args: Arguments) -> None:
     transformer.train()
 
     # 3. Optimisation. The moving average is made of the weights as they are sharded
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True
-    )
+    options = {"lr": args.learning_rate, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(transformer.parameters(), **options, fused=True)
+    elif accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("--optimizer muon needs whole weights, which FSDP shards out: use adamw, or --multi_gpu.")
+    else:
+        optimizer = Muon(transformer, **options)
     if args.lr_scheduler == "halve_on_plateau":
         min_factor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
         plateau = HalveOnPlateau(args.lr_warmup_steps, args.lr_patience, min_factor)

@@ -1,8 +1,8 @@
 """Muon for the weights of convolutions and linear layers, AdamW for everything else, as one optimiser."""
 
-from collections.abc import Iterable
-
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 
 def orthogonalize(matrix: torch.Tensor, num_steps: int = 5) -> torch.Tensor:
@@ -27,14 +27,14 @@ def orthogonalize(matrix: torch.Tensor, num_steps: int = 5) -> torch.Tensor:
 
 class Muon(torch.optim.Optimizer):
     r"""
-    Muon (Jordan et al., 2024) for weights of two and more dimensions, AdamW for biases, scales and tables.
+    Muon (Jordan et al., 2024) for weights of convolutions and linear layers, AdamW for biases, scales and tables.
 
     torch's own takes matrices alone. Here the weight of a convolution is a matrix with a row for each output channel.
     Updates are scaled to the size of AdamW's (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that one
     learning rate serves both and means about what it means to AdamW.
 
     Args:
-        params (`Iterable[torch.nn.Parameter]`): Parameters; not sharded ones.
+        model (`torch.nn.Module`): Whose parameters are trained, those that require gradients. They are not sharded.
         lr (`float`): Learning rate of both.
         betas (`tuple[float, float]`, defaults to `(0.9, 0.99)`): Of AdamW.
         momentum (`float`, defaults to 0.95): Of Muon, in Nesterov's manner.
@@ -44,17 +44,19 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        model: nn.Module,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.99),
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         eps: float = 1e-8,
     ):
-        params = list(params)
+        layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
+        weights = {layer.weight for layer in layers}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
-            {"params": [parameter for parameter in params if parameter.ndim >= 2], "muon": True},
-            {"params": [parameter for parameter in params if parameter.ndim < 2], "muon": False},
+            {"params": [parameter for parameter in trained if parameter in weights], "muon": True},
+            {"params": [parameter for parameter in trained if parameter not in weights], "muon": False},
         ]
         defaults = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay, "eps": eps}
         super().__init__([group for group in groups if group["params"]], defaults)

@@ -33,7 +33,7 @@ def as_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 def test_updates_are_those_of_torch(weight_decay):
     ours, theirs = make_model(), make_model()
     options = {"lr": 0.02, "weight_decay": weight_decay}
-    train(ours, [Muon(ours.parameters(), betas=(0.9, 0.99), **options)], range(5))
+    train(ours, [Muon(ours, betas=(0.9, 0.99), **options)], range(5))
 
     # torch's takes matrices only: views of the same memory, which are given the gradients as matrices.
     weights, matrices = as_matrices(theirs)
@@ -66,20 +66,30 @@ def test_singular_values_become_about_one(shape):
 
 
 def test_no_gradient_no_update():
-    weight = nn.Parameter(torch.zeros(4, 4))
     assert not orthogonalize(torch.zeros(4, 4)).any()
-    optimizer = Muon([weight], lr=1.0)
+    model = make_model()
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = Muon(model, lr=1.0)
     optimizer.step()
-    assert not weight.any() and not optimizer.state
+    assert all(map(torch.equal, model.parameters(), before)) and not optimizer.state
+
+
+def test_only_layers_have_matrices_and_frozen_weights_stay():
+    model = make_model()
+    model.register_parameter("table", nn.Parameter(torch.randn(6, 8)))
+    model[0].requires_grad_(False)
+    muon, adam = Muon(model, lr=0.1).param_groups
+    assert [tuple(weight.shape) for weight in muon["params"]] == [(5, 128)]
+    assert [tuple(weight.shape) for weight in adam["params"]] == [(6, 8), (8,), (8,), (5,)]
 
 
 def test_a_restored_optimizer_goes_on():
     straight, resumed = make_model(), make_model()
-    train(straight, [Muon(straight.parameters(), lr=0.02)], range(6))
-    first = Muon(resumed.parameters(), lr=0.02)
+    train(straight, [Muon(straight, lr=0.02)], range(6))
+    first = Muon(resumed, lr=0.02)
     train(resumed, [first], range(3))
     state = copy.deepcopy(first.state_dict())
-    second = Muon(resumed.parameters(), lr=0.5)
+    second = Muon(resumed, lr=0.5)
     second.load_state_dict(state)
     train(resumed, [second], range(3, 6))
     for expected, actual in zip(straight.parameters(), resumed.parameters(), strict=True):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -269,8 +270,10 @@ def test_gradient_checkpointing_changes_nothing_else(script, small, tmp_path, mo
     assert len(calls) == 1 and again == pytest.approx(losses, abs=1e-6)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(script, small, caches, tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_the_uninterrupted_one(script, small, caches, tmp_path, monkeypatch, optimizer):
     arguments = small | {
+        "optimizer": optimizer,
         "max_train_steps": 8,
         "validation_data": caches / "held_out",
         "validation_steps": 1,
@@ -289,6 +292,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, small, caches, tmp_path,
     assert before == pytest.approx(losses[:5], abs=1e-6) and after == pytest.approx(losses[3:], abs=1e-6)
     parts, whole = (transformer_of(tmp_path / name).state_dict() for name in ("parts", "whole"))
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
+
+
+def test_muon_is_for_whole_weights(script, small, tmp_path, monkeypatch):
+    # As if this process were one of FSDP's.
+    monkeypatch.setattr(script, "DistributedType", SimpleNamespace(FSDP=script.DistributedType.NO))
+    with pytest.raises(ValueError, match="--optimizer muon needs whole weights.*use adamw"):
+        run(script, output_dir=tmp_path / "run", **small | {"optimizer": "muon"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_may_accumulate_otherwise(script, small, tmp_path):
