@@ -256,6 +256,15 @@ def test_no_such_model(work, capsys, model):
     assert f"'{model}'" in error
 
 
+@pytest.fixture
+def interruptible():
+    """A job that a shell starts in the background ignores the signal."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interruption_leaves_the_old_file(model, work, capsys, monkeypatch):
     (work / "film.mp4").write_text("mine")
     calls = itertools.count()

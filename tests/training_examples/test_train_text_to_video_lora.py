@@ -375,7 +375,7 @@ def test_pipelines_that_do_not_fit_are_refused(script, small, base, tmp_path):
 
     other = shutil.copytree(base, tmp_path / "other")
     vae = tiny.tiny_vae()
-    next(vae.decoder.parameters()).data += 1
+    next(vae.encoder.parameters()).data += 1
     vae.save_pretrained(other / "vae")
     refused(other, f"--data: .* was made with vae.weights .* in '{other}': pass the --pipeline")
     without = shutil.copytree(base, tmp_path / "without", ignore=shutil.ignore_patterns("transformer"))
