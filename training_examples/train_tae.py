@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.pixels import draw_pixels
 from diffusers_moviegen.toybox.scenes import SIZES
+from diffusers_moviegen.toybox.vocabulary import MOTIONS
 from diffusers_moviegen.training import (
     BucketLoader,
     Buckets,
@@ -119,6 +120,10 @@ class Arguments:
             "others have single objects on flat grounds"
         },
     )
+    motion_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how likely Toybox's single objects move so, such as spins=6 bounces=3; 1 for the others"},
+    )
     images_to_videos: list[int] = field(
         default_factory=lambda: [1, 3], metadata={"help": "steps of pictures to steps of clips"}
     )
@@ -195,8 +200,11 @@ class Arguments:
             )
         if len(self.toybox_to_data) != 2 or min(self.toybox_to_data) < 1:
             raise ValueError(f"--toybox_to_data is {self.toybox_to_data}: pass two numbers of turns such as 3 1.")
-        if not self.toybox and (self.toybox_frame_rates or self.toybox_resolutions):
-            raise ValueError("--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox.")
+        if not self.toybox and (self.toybox_frame_rates or self.toybox_resolutions or self.motion_weights):
+            raise ValueError(
+                "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add "
+                "--toybox."
+            )
         if not all(0 < rate < math.inf for rate in self.toybox_frame_rates):
             raise ValueError(f"--toybox_frame_rates {self.toybox_frame_rates}: they must be above 0 frames a second.")
         sides = sorted({min(size) for size in SIZES})
@@ -207,6 +215,7 @@ class Arguments:
             raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
         if not 0 <= self.varied_share <= 1:
             raise ValueError(f"--varied_share is {self.varied_share}: it must be from 0 to 1.")
+        self.parse_motion_weights()
         if self.toybox and self.image_batch_size % 2:
             raise ValueError(
                 f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
@@ -246,6 +255,21 @@ class Arguments:
         """Whether `step` is one of pictures."""
         images, videos = self.images_to_videos
         return self.stage == "image" or step % (images + videos) < images
+
+    def parse_motion_weights(self) -> dict[str, float]:
+        """Weight of each motion that `--motion_weights` names."""
+        weights = {}
+        for item in self.motion_weights:
+            motion, _, weight = item.partition("=")
+            try:
+                weights[motion] = float(weight)
+            except ValueError:
+                raise ValueError(f"--motion_weights: '{item}' is no motion and its weight, such as spins=6.") from None
+            if motion not in MOTIONS:
+                raise ValueError(f"--motion_weights: there is no motion '{motion}'; choose from {', '.join(MOTIONS)}.")
+            if not 0 <= weights[motion] < math.inf:
+                raise ValueError(f"--motion_weights: '{item}' has a weight that is not at least 0 and finite.")
+        return weights
 
     def takes_toybox(self, step: int) -> bool:
         """Whether `step` is one of drawn scenes. A turn has the pictures and clips of `images_to_videos`."""
@@ -381,9 +405,13 @@ def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stre
     else:
         count, num_frames = max(round(share * args.video_batch_size), 1), buckets.lengths[0]
     generator = step_generator(args.seed, number, accelerator.process_index, stream)
-    # Statistics are those of single objects.
-    varied = stream == PIXELS and varied_draw < args.varied_share
-    video = draw_pixels(count, num_frames, height, width, frame_rate, generator, accelerator.device, varied=varied)
+    # Statistics are those of single objects, all motions alike.
+    trains = stream == PIXELS
+    video = draw_pixels(
+        *(count, num_frames, height, width, frame_rate, generator, accelerator.device),
+        varied=trains and varied_draw < args.varied_share,
+        motion_weights=args.parse_motion_weights() if trains else None,
+    )
     return {"video": video, "name": [f"Toybox batch {number}"]}
 
 

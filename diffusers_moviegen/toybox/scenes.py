@@ -132,11 +132,23 @@ def word_indices(words: list[str], known, what: str) -> torch.Tensor:
 
 
 def sample_tuples(
-    count: int, generator: torch.Generator, held_out: bool = False, motions: tuple[str, ...] = MOTIONS
+    count: int,
+    generator: torch.Generator,
+    held_out: bool = False,
+    motions: tuple[str, ...] = MOTIONS,
+    motion_weights: dict[str, float] | None = None,
 ) -> list[tuple[str, str, str, str]]:
-    """Draws `count` one-object tuples of a split with replacement, all equally likely."""
+    """Draws `count` one-object tuples of a split with replacement.
+
+    All are equally likely, or as likely as the weight of their motion, 1 where `motion_weights` does not name it.
+    """
     tuples = core_tuples(held_out, motions)
-    return [tuples[i] for i in torch.randint(len(tuples), (count,), generator=generator).tolist()]
+    if motion_weights:
+        weights = torch.tensor([float(motion_weights.get(words[2], 1)) for words in tuples])
+        picks = torch.multinomial(weights, count, replacement=True, generator=generator)
+    else:
+        picks = torch.randint(len(tuples), (count,), generator=generator)
+    return [tuples[i] for i in picks.tolist()]
 
 
 def sample_tuple_pairs(

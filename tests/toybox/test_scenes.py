@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -362,6 +363,19 @@ def test_training_never_draws_held_out_tuples():
     assert all(is_held_out(*words) for words in evaluated) and len(set(evaluated)) > 150
     still = sample_tuples(300, generator, held_out=True, motions=("stays still",))
     assert set(still) == set(core_tuples(True, ("stays still",)))
+
+
+def test_tuples_of_weighted_motions():
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_tuples(10_000, generator, motion_weights={"spins": 6, "bounces": 3, "grows": 0})
+    tuples = core_tuples(False)
+    assert set(drawn) <= set(tuples)
+    counts = Counter(words[2] for words in tuples)
+    expected = {motion: counts[motion] * {"spins": 6, "bounces": 3, "grows": 0}.get(motion, 1) for motion in counts}
+    for motion, weight in expected.items():
+        share = weight / sum(expected.values())
+        # Four standard deviations.
+        assert abs(Counter(words[2] for words in drawn)[motion] - 10_000 * share) <= 4 * math.sqrt(10_000 * share)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (128, 192)])

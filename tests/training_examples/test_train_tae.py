@@ -718,12 +718,18 @@ def record_draws(script, monkeypatch) -> list:
 
 
 def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
-    """The same ones on every process; statistics are those of single objects."""
-    varied = []
-    monkeypatch.setattr(script, "draw_pixels", lambda *_, **options: varied.append(options["varied"]))
+    """The same ones on every process; statistics are those of single objects, all motions alike."""
+    varied, weights = [], {}
+    monkeypatch.setattr(
+        script,
+        "draw_pixels",
+        lambda *_, **options: (varied.append(options["varied"]), weights.update({stream: options["motion_weights"]})),
+    )
     buckets = script.Buckets(36, (1.25,), (9,), 8)
     for share, fewest, most in ((0, 0, 0), (0.25, 70, 130), (1, 400, 400)):
-        args = mixed_arguments(script, clips, data=None, varied_share=share)
+        args = mixed_arguments(
+            script, clips, data=None, varied_share=share, motion_weights=["spins=6", "moves left=0.5"]
+        )
         by_rank = []
         for rank, stream in ((0, script.PIXELS), (1, script.PIXELS), (0, script.STATISTICS)):
             varied.clear()
@@ -733,6 +739,7 @@ def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
             by_rank.append(list(varied))
         assert by_rank[0] == by_rank[1] and fewest <= sum(by_rank[0]) <= most
         assert not any(by_rank[2])
+        assert weights == {script.PIXELS: {"spins": 6, "moves left": 0.5}, script.STATISTICS: None}
 
 
 def test_toybox_is_drawn_at_all_sizes_and_rates(script, clips, monkeypatch):
@@ -948,6 +955,10 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"toybox": False}, "pass --data, what to train on, or --toybox, or both"),
         ({"data": "missing"}, "'missing' is no file or folder here"),
         ({"varied_share": 1.5}, "--varied_share is 1.5: it must be from 0 to 1"),
+        ({"motion_weights": ["spins"]}, "--motion_weights: 'spins' is no motion and its weight, such as spins=6"),
+        ({"motion_weights": ["jumps=2"]}, "--motion_weights: there is no motion 'jumps'; choose from stays still"),
+        ({"motion_weights": ["spins=-1"]}, "--motion_weights: 'spins=-1' has a weight that is not at least 0"),
+        ({"toybox": False, "data": "clips", "motion_weights": ["spins=2"]}, "--motion_weights say how Toybox is"),
         ({"toybox_to_data": [3]}, r"--toybox_to_data is \[3\]: pass two numbers of turns such as 3 1"),
         ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
         ({"toybox_resolutions": [64, 32]}, r"--toybox_resolutions \[64, 32\]: Toybox is drawn at 64 and 128"),
@@ -955,11 +966,11 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"toybox_frame_rates": "nan"}, r"--toybox_frame_rates \[nan\]: they must be above 0 frames a second"),
         (
             {"toybox": False, "data": "clips", "toybox_frame_rates": 8},
-            "--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox",
+            "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add --toybox",
         ),
         (
             {"toybox": False, "data": "clips", "toybox_resolutions": 64},
-            "--toybox_frame_rates and --toybox_resolutions say how Toybox is drawn: add --toybox",
+            "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add --toybox",
         ),
         ({"validation_data": "clips"}, "--validation_data and --exclude are for --data"),
         ({"exclude": ["a*"]}, "--validation_data and --exclude are for --data"),
