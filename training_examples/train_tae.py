@@ -215,7 +215,8 @@ class Arguments:
             raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
         if not 0 <= self.varied_share <= 1:
             raise ValueError(f"--varied_share is {self.varied_share}: it must be from 0 to 1.")
-        self.parse_motion_weights()
+        if self.parse_motion_weights() and self.varied_share == 1:
+            raise ValueError("--motion_weights does nothing with --varied_share 1: lower it to draw single objects.")
         if self.toybox and self.image_batch_size % 2:
             raise ValueError(
                 f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
@@ -267,8 +268,8 @@ class Arguments:
                 raise ValueError(f"--motion_weights: '{item}' is no motion and its weight, such as spins=6.") from None
             if motion not in MOTIONS:
                 raise ValueError(f"--motion_weights: there is no motion '{motion}'; choose from {', '.join(MOTIONS)}.")
-            if not 0 <= weights[motion] < math.inf:
-                raise ValueError(f"--motion_weights: '{item}' has a weight that is not at least 0 and finite.")
+            if not 0 < weights[motion] < math.inf:
+                raise ValueError(f"--motion_weights: '{item}' has a weight that is not above 0 and finite.")
         return weights
 
     def takes_toybox(self, step: int) -> bool:

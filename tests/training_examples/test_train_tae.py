@@ -727,9 +727,8 @@ def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
     )
     buckets = script.Buckets(36, (1.25,), (9,), 8)
     for share, fewest, most in ((0, 0, 0), (0.25, 70, 130), (1, 400, 400)):
-        args = mixed_arguments(
-            script, clips, data=None, varied_share=share, motion_weights=["spins=6", "moves left=0.5"]
-        )
+        motion_weights = ["spins=6", "moves left=0.5"] if share < 1 else []
+        args = mixed_arguments(script, clips, data=None, varied_share=share, motion_weights=motion_weights)
         by_rank = []
         for rank, stream in ((0, script.PIXELS), (1, script.PIXELS), (0, script.STATISTICS)):
             varied.clear()
@@ -739,7 +738,8 @@ def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
             by_rank.append(list(varied))
         assert by_rank[0] == by_rank[1] and fewest <= sum(by_rank[0]) <= most
         assert not any(by_rank[2])
-        assert weights == {script.PIXELS: {"spins": 6, "moves left": 0.5}, script.STATISTICS: None}
+        expected = {"spins": 6, "moves left": 0.5} if share < 1 else {}
+        assert weights == {script.PIXELS: expected, script.STATISTICS: None}
 
 
 def test_toybox_is_drawn_at_all_sizes_and_rates(script, clips, monkeypatch):
@@ -957,7 +957,8 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"varied_share": 1.5}, "--varied_share is 1.5: it must be from 0 to 1"),
         ({"motion_weights": ["spins"]}, "--motion_weights: 'spins' is no motion and its weight, such as spins=6"),
         ({"motion_weights": ["jumps=2"]}, "--motion_weights: there is no motion 'jumps'; choose from stays still"),
-        ({"motion_weights": ["spins=-1"]}, "--motion_weights: 'spins=-1' has a weight that is not at least 0"),
+        ({"motion_weights": ["spins=0"]}, "--motion_weights: 'spins=0' has a weight that is not above 0"),
+        ({"motion_weights": ["spins=6"]}, "--motion_weights does nothing with --varied_share 1"),
         ({"toybox": False, "data": "clips", "motion_weights": ["spins=2"]}, "--motion_weights say how Toybox is"),
         ({"toybox_to_data": [3]}, r"--toybox_to_data is \[3\]: pass two numbers of turns such as 3 1"),
         ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
