@@ -56,7 +56,9 @@ class Arguments:
         metadata={"help": "of the rows with 256, the others in proportion; 64 for `sampling` and `guidance`"},
     )
     batch_size: int = field(default=16, metadata={"help": "clips of 64 px and 16 frames at a time, fewer if larger"})
-    num_inference_steps: int = field(default=50, metadata={"help": "of `video` and `guidance`"})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "of `video` and `guidance`; default: the checkpoint's"}
+    )
     guidance_scale: float | None = field(default=None, metadata={"help": "default: the checkpoint's"})
     step_counts: list[int] = field(
         default_factory=lambda: [4, 8, 12, 25, 50], metadata={"help": "numbers of steps that `sampling` compares"}
@@ -72,9 +74,10 @@ class Arguments:
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures"})
 
     def __post_init__(self):
-        check_positive(self, ("batch_size", "num_inference_steps"))
-        if self.num_prompts is not None:
-            check_positive(self, ("num_prompts",))
+        check_positive(self, ("batch_size",))
+        for name in ("num_prompts", "num_inference_steps"):
+            if getattr(self, name) is not None:
+                check_positive(self, (name,))
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed is {self.seed}: it must be at least 0 and below {2**32}.")
         if not self.step_counts or min(self.step_counts) < 1:
@@ -91,6 +94,8 @@ class Arguments:
                 raise ValueError(f"--{name} does nothing with --task {self.task}: leave it out.")
         if self.guidance_scale is not None and self.task == "guidance":
             raise ValueError("--guidance_scale does nothing with --task guidance: pass --guidance_scales.")
+        if self.num_inference_steps is not None and self.task == "sampling":
+            raise ValueError("--num_inference_steps does nothing with --task sampling: pass --step_counts.")
         if self.sheet is not None and "core_64" not in (self.rows or ROWS):
             raise ValueError("--sheet shows clips of core_64, which is not among --rows: add it.")
         if self.media is not None:
@@ -637,7 +642,8 @@ def main(args: Arguments) -> None:
     pipe = MovieGenPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     guidance_scale = pipe.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
-    chosen = {"seed": args.seed, "steps": args.num_inference_steps, "guidance": guidance_scale}
+    steps = pipe.config.default_num_inference_steps if args.num_inference_steps is None else args.num_inference_steps
+    chosen = {"seed": args.seed, "steps": steps, "guidance": guidance_scale}
     if args.task == "sampling":
         del chosen["steps"]
     if args.task == "guidance":

@@ -75,6 +75,8 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
             Frames a second where a call gives none.
         default_guidance_scale (`float`, defaults to 7.5):
             Guidance where a call gives none.
+        default_num_inference_steps (`int`, defaults to 50):
+            Denoising steps where a call gives none.
 
     The text encoders and tokenizers may be `None` if every call passes embeddings.
     """
@@ -106,6 +108,7 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
         default_num_frames: int = 256,
         default_frame_rate: int | float = 16,
         default_guidance_scale: int | float = 7.5,
+        default_num_inference_steps: int = 50,
     ):
         super().__init__()
         self.register_modules(
@@ -125,6 +128,7 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
             default_num_frames=default_num_frames,
             default_frame_rate=default_frame_rate,
             default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
         )
         self.vae_scale_factor_temporal = vae.temporal_compression_ratio if vae is not None else 8
         self.vae_scale_factor_spatial = vae.spatial_compression_ratio if vae is not None else 8
@@ -297,7 +301,7 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
         width: int | None = None,
         num_frames: int | None = None,
         frame_rate: float | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -341,8 +345,8 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
             frame_rate (`float`, *optional*):
                 Frames a second that the video is meant for. Defaults to `default_frame_rate` of the checkpoint. Unused
                 for an image.
-            num_inference_steps (`int`, defaults to 50):
-                Denoising steps.
+            num_inference_steps (`int`, *optional*):
+                Denoising steps. Defaults to `default_num_inference_steps` of the checkpoint.
             guidance_scale (`float`, *optional*):
                 Weight of classifier-free guidance, `uncond + guidance_scale * (cond - uncond)`. At 1 and below there
                 is no guidance and one model call a step instead of two. Defaults to `default_guidance_scale` of the
@@ -393,6 +397,8 @@ class MovieGenPipeline(CheckedLoadingMixin, DiffusionPipeline, PromptEncodingMix
         width = self.config.default_width if width is None else width
         num_frames = self.config.default_num_frames if num_frames is None else num_frames
         frame_rate = self.config.default_frame_rate if frame_rate is None else frame_rate
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
         self._guidance_scale = self.config.default_guidance_scale if guidance_scale is None else guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None

@@ -48,7 +48,7 @@ def read_prompt(prompt: str) -> dict:
 class Painter:
     """Stands in the place of a pipeline and paints what prompts ask for, after `change` had its way with it."""
 
-    config = SimpleNamespace(default_guidance_scale=3.0)
+    config = SimpleNamespace(default_guidance_scale=3.0, default_num_inference_steps=50)
 
     def __init__(self, change=lambda asked: asked):
         self.change, self.calls = change, []
@@ -253,9 +253,10 @@ def test_prompts_are_of_held_out_tuples_and_have_a_seed_each():
 def test_batches_are_smaller_where_clips_are_larger(row, parts):
     painter = Painter()
     samples = SCRIPT.ROWS[row].draw(6, 0)
-    SCRIPT.generate(arguments(batch_size=4, seed=7, guidance_scale=2.5), painter, samples, "")
+    options = {"guidance_scale": 2.5, "num_inference_steps": 9}
+    SCRIPT.generate(arguments(batch_size=4, seed=7, **options), painter, samples, "")
     assert [len(call["prompts"]) for call in painter.calls] == parts
-    assert {(call["num_inference_steps"], call["guidance_scale"]) for call in painter.calls} == {(50, 2.5)}
+    assert {(call["num_inference_steps"], call["guidance_scale"]) for call in painter.calls} == {(9, 2.5)}
     seeds = [seed for call in painter.calls for seed in call["seeds"]]
     assert seeds == [7, 8, 9, 10, 11, 12] * (len(samples) // 6)
 
@@ -412,9 +413,10 @@ def test_guidance_is_compared_on_training_tuples():
 
 
 def test_comparisons_of_a_real_pipeline(model, tmp_path, capsys):
-    for task, line, count in (("sampling", "--step_counts 1 2", 4), ("guidance", "--guidance_scales 1 3", 2)):
+    guidance = "--guidance_scales 1 3 --num_inference_steps 1"
+    for task, line, count in (("sampling", "--step_counts 1 2", 4), ("guidance", guidance, 2)):
         output = tmp_path / f"{task}.json"
-        line += f" --task {task} --model {model} --num_prompts 1 --num_inference_steps 1 --output {output}"
+        line += f" --task {task} --model {model} --num_prompts 1 --output {output}"
         SCRIPT.main(parse_arguments(SCRIPT.Arguments, line.split()))
         report = json.loads(output.read_text())
         assert report["task"] == task and report["samples"] == 1 and len(report["lines"]) == count
@@ -428,6 +430,7 @@ def test_comparisons_of_a_real_pipeline(model, tmp_path, capsys):
         ("--rows core_64 core_32", "there is no row 'core_32'; choose from core_64, core_128, "),
         ("--task sampling --rows core_64", "--rows does nothing with --task sampling"),
         ("--task guidance --guidance_scale 3", "pass --guidance_scales"),
+        ("--task sampling --num_inference_steps 3", "pass --step_counts"),
         ("--rows image_64 --sheet sheet.png", "--sheet shows clips of core_64"),
         ("--media {folder}/none", "--media: there is no folder '{folder}/none'"),
         ("--media {folder} --media_pattern x*", "has no film whose name matches --media_pattern 'x*'"),

@@ -80,6 +80,12 @@ def test_defaults_come_from_the_checkpoint(pipeline):
     explicit = generate(pipeline, height=48, width=16, num_frames=4, frame_rate=12, guidance_scale=1.0)
     assert torch.equal(frames, explicit)
 
+    quick = tiny_pipeline(default_num_inference_steps=2)
+    frames = generate(quick, num_inference_steps=None)
+    assert quick.num_timesteps == 2 and torch.equal(frames, generate(pipeline, num_inference_steps=2))
+    generate(pipeline, num_inference_steps=None)
+    assert pipeline.num_timesteps == 50
+
 
 def test_numbers_of_numpy(pipeline):
     numbers = {"height": np.int64(32), "width": np.int32(48), "num_frames": np.int64(9), "frame_rate": np.float32(8)}
