@@ -426,7 +426,13 @@ def test_shipped_sizes(script, small, caches, size, monkeypatch):
     assert transformer.text_proj.linear.in_features == tiny.TEXT_WIDTH
 
 
-@pytest.mark.parametrize("name", ["t2i_256px", "t2iv_256px", "t2iv_768px", "sft", "toybox_t2i", "toybox_t2iv"])
+STAGES = (
+    *("t2i_256px", "t2iv_256px", "t2iv_768px", "sft"),
+    *("toybox_t2i", "toybox_t2iv", "toybox_t2iv_128", "toybox_sft"),
+)
+
+
+@pytest.mark.parametrize("name", STAGES)
 def test_shipped_stages_run(script, small, frozen, caches, tmp_path, capsys, monkeypatch, name):
     """Two steps of every configuration with a small model; what it leaves out is given as its comment says."""
     monkeypatch.chdir(ROOT)
@@ -459,9 +465,7 @@ def test_shipped_stages_run(script, small, frozen, caches, tmp_path, capsys, mon
 
 def test_all_shipped_stages_are_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert {name for name in names if name.startswith(("t2i", "sft", "toybox_t2i"))} == {
-        *("t2i_256px", "t2iv_256px", "t2iv_768px", "sft", "toybox_t2i", "toybox_t2iv")
-    }
+    assert {name for name in names if name.startswith(("t2i", "sft", "toybox_t2i", "toybox_sft"))} == set(STAGES)
 
 
 def test_trackers_go_on_after_a_resume(script, small, caches, tmp_path, capsys):

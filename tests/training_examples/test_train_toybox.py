@@ -1,0 +1,60 @@
+"""The commands that made the bundled checkpoint."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diffusers_moviegen.training import parse_arguments
+from tests.training_examples.scripts import EXAMPLES, ROOT, load_script
+
+
+RECORD = """#!/bin/sh
+for word in "$@"; do printf '%s\\n' "$word"; done >> "$RECORD"
+printf '\\n' >> "$RECORD"
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    """What the shell script would start, as a list of words each, from the script's name on."""
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("python", "torchrun"):
+        (folder / name).write_text(RECORD)
+        (folder / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "RECORD": str(folder / "record")}
+    subprocess.run(["bash", EXAMPLES / "train_toybox.sh", "media"], cwd=ROOT, env=environment, check=True)
+    recorded = [part.split("\n") for part in (folder / "record").read_text().strip().split("\n\n")]
+    return [words[words.index("2") + 1 if words[0] == "--nproc_per_node" else 0 :] for words in recorded]
+
+
+def test_every_command_is_understood(commands, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    scripts = [Path(words[0]).stem for words in commands]
+    assert list(dict.fromkeys(scripts)) == [
+        *("train_text_encoders", "train_tae", "assemble_pipeline", "precompute", "train_text_to_video"),
+        "average_checkpoints",
+    ]
+    for name, words in zip(scripts[:-1], commands[:-1], strict=True):
+        parse_arguments(load_script(name).Arguments, words[1:])
+    assert len(commands[-1]) == 6 and commands[-1][4] == "--output_dir"
+
+
+def test_every_folder_has_been_written_before(commands):
+    written = set()
+    for words in commands:
+        output = words[words.index("--output_dir") + 1]
+        read = [Path(word) for word in words if word.startswith("runs/") and word != output]
+        assert all(any(Path(folder) in (path, *path.parents) for folder in written) for path in read), words
+        assert output not in written
+        written.add(output)
+    read = {word for words in commands for word in words}
+    caches = {folder for folder in written if folder.startswith("runs/cache/")}
+    assert len(caches) == 20 and caches <= read
+
+
+def test_its_stages_have_a_configuration_each(commands):
+    used = {Path(word).name for words in commands for word in words if word.endswith(".yaml")}
+    ours = {path.name for path in (EXAMPLES / "configs").glob("toybox_*.yaml")}
+    assert used == ours - {"toybox_tae_decoder.yaml"} | {"precompute_toybox.yaml"}

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Every command that made the bundled Toybox checkpoint, five hours on two CPU cores, run from the root of the repository.
+# bash training_examples/train_toybox.sh MEDIA, where MEDIA is a folder with a table of real films and photographs; its model card
+# lists those that the checkpoint saw.
+set -euo pipefail
+MEDIA=$1
+export ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
+
+# 1. Tokenizers and three small text encoders, one with its vision half
+python training_examples/train_text_encoders.py --output_dir runs/text_encoders
+
+# 2. The autoencoder: pictures, clips in all looks and colours, both sizes, then more of what turns and bounces
+tae() {
+    torchrun --nproc_per_node 2 training_examples/train_tae.py --data "$MEDIA" --exclude "heldout-*" \
+        --config training_examples/configs/"$@"
+}
+tae toybox_tae_image.yaml --output_dir runs/tae_image
+tae toybox_tae_varied.yaml --image_autoencoder runs/tae_image/vae --output_dir runs/tae_varied
+tae toybox_tae.yaml --autoencoder runs/tae_varied/vae --output_dir runs/tae_both
+tae toybox_tae_motion.yaml --autoencoder runs/tae_both/vae --output_dir runs/tae
+python training_examples/assemble_pipeline.py --vae runs/tae/vae --text_encoders runs/text_encoders --output_dir runs/frozen
+
+# 3. What the frozen models make of the data
+precompute() {
+    python training_examples/precompute.py --config training_examples/configs/precompute_toybox.yaml --pipeline runs/frozen \
+        --num_images 0 --num_videos 0 --batch_size 8 --output_dir runs/cache/"$@"
+}
+stills="--looks core two_objects text checkered"
+films="$stills camera"
+aspects="--aspect_ratios 0.667 1.5"
+long="--lengths 32 --frame_rate 16 --batch_size 1"
+precompute images $stills --num_images 8000
+precompute images_aspects $stills --seed 4 --num_images 2000 --resolution 78 $aspects
+precompute films_a $films --num_videos 6500
+precompute films_b $films --seed 1 --num_videos 6500
+precompute films_16fps $films --seed 2 --num_videos 4000 --lengths 16 32 --frame_rate 16
+precompute films_aspects $films --seed 3 --num_videos 3000 --resolution 78 $aspects
+precompute films_two --looks two_objects --seed 6 --num_videos 3000
+precompute images_128 $stills person --seed 11 --num_images 3000 --resolution 128
+precompute images_128_aspects $stills person --seed 13 --num_images 1000 --resolution 157 $aspects --batch_size 4
+precompute films_128 $films person --seed 10 --num_videos 2400 --resolution 128 $long
+precompute films_128_aspects $films person --seed 12 --num_videos 768 --resolution 157 $aspects $long
+precompute sft_images $stills --seed 20 --num_images 512
+precompute sft_films $films --seed 20 --num_videos 1024
+precompute sft_films_16fps $films --seed 21 --num_videos 512 --lengths 16 32 --frame_rate 16
+precompute sft_films_aspects $films --seed 22 --num_videos 512 --resolution 78 $aspects
+precompute sft_images_128 $stills --seed 23 --num_images 384 --resolution 128
+precompute sft_films_128 $films --seed 23 --num_videos 192 --resolution 128 $long
+precompute heldout_images --num_images 128 --split held_out
+precompute heldout_films $films --num_videos 96 --split held_out
+precompute heldout_films_128 $films --num_videos 40 --resolution 128 $long --split held_out
+
+# 4. The backbone: pictures, pictures and films (in two runs), both sizes, three models fine-tuned on a small set, their mean
+backbone() {
+    torchrun --nproc_per_node 2 training_examples/train_text_to_video.py --pipeline runs/frozen \
+        --config training_examples/configs/"$@"
+}
+cache() { printf "runs/cache/%s " "$@"; }
+small=$(cache images images_aspects films_a films_b films_16fps films_aspects)
+large=$(cache images_128 images_128_aspects films_128 films_128_aspects)
+sft=$(cache sft_images sft_films sft_films_16fps sft_films_aspects sft_images_128 sft_films_128)
+heldout=$(cache heldout_films heldout_films_128)
+backbone toybox_t2i.yaml --output_dir runs/t2i \
+    --data $(cache images images_aspects) --validation_data runs/cache/heldout_images
+backbone toybox_t2iv.yaml --transformer runs/t2i/pipeline --output_dir runs/t2iv_a \
+    --data $small --validation_data runs/cache/heldout_films
+backbone toybox_t2iv.yaml --transformer runs/t2iv_a/pipeline --output_dir runs/t2iv \
+    --data $small runs/cache/films_two --validation_data runs/cache/heldout_films \
+    --max_train_steps 4200 --learning_rate 3e-3 --ema_decay 0.999
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv/pipeline --output_dir runs/t2iv_128 \
+    --data $small runs/cache/films_two $large --validation_data $heldout
+fine_tune() {
+    backbone toybox_sft.yaml --transformer runs/t2iv_128/pipeline --data $sft --validation_data $heldout "$@"
+}
+fine_tune --seed 11 --learning_rate 3e-4 --output_dir runs/sft_a
+fine_tune --seed 12 --learning_rate 5e-4 --output_dir runs/sft_b
+fine_tune --seed 13 --learning_rate 1e-3 --output_dir runs/sft_c
+python training_examples/average_checkpoints.py runs/sft_a/pipeline runs/sft_b/pipeline runs/sft_c/pipeline --output_dir runs/sft
