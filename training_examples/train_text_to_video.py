@@ -114,6 +114,9 @@ class Arguments:
         metadata={"help": "batches of images to batches of videos, where there are both"},
     )
     prompt_dropout: float = field(default=0.1, metadata={"help": "share of prompts replaced by the empty one"})
+    logit_mean: float = field(
+        default=0.0, metadata={"help": "of the logit-normal flow times of training; below 0 there is more noise"}
+    )
     max_train_steps: int = 10000
     optimizer: str = field(
         default="adamw", metadata={"help": "muon orthogonalises the updates of layers", "choices": ["adamw", "muon"]}
@@ -174,6 +177,8 @@ class Arguments:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be above 0.")
         if not math.isfinite(self.guidance_scale):
             raise ValueError(f"--guidance_scale is {self.guidance_scale}: pass a number, such as 7.5.")
+        if not math.isfinite(self.logit_mean):
+            raise ValueError(f"--logit_mean is {self.logit_mean}: it must be finite.")
         if not 0 <= self.prompt_dropout <= 1:
             raise ValueError(f"--prompt_dropout is {self.prompt_dropout}: it must be from 0 to 1.")
         if not 0 <= self.ema_decay < 1:
@@ -528,7 +533,7 @@ def main(args: Arguments) -> None:
                 # The number of the batch alone decides what is drawn, so a resumed run draws the same.
                 generator = step_generator(args.seed, loader.step, accelerator.process_index)
                 inputs = draw_flow_batch(
-                    batch, cache.unconditional, args.prompt_dropout, generator, accelerator.device
+                    batch, cache.unconditional, args.prompt_dropout, generator, accelerator.device, args.logit_mean
                 )
                 with accelerator.accumulate(model):
                     with accelerator.autocast():

@@ -13,13 +13,18 @@ from .latent_cache import LatentCache
 
 
 def sample_timesteps(
-    count: int, generator: torch.Generator, num_train_timesteps: int = 1000, device: str | torch.device = "cpu"
+    count: int,
+    generator: torch.Generator,
+    num_train_timesteps: int = 1000,
+    device: str | torch.device = "cpu",
+    logit_mean: float = 0.0,
 ) -> torch.Tensor:
-    """Timesteps `(count,)` in float32 whose flow time `t = 1 - timestep / num_train_timesteps` is logit-normal(0, 1).
+    """Timesteps `(count,)` in float32, whose flow time `t = 1 - timestep / num_train_timesteps` is logit-normal.
 
-    Drawn on the CPU, so that a seed means the same on every device.
+    Drawn on the CPU, so that a seed means the same on every device. The deviation is 1. The mean is `logit_mean`, 0 in
+    the paper; below it there is more noise.
     """
-    flow_time = torch.sigmoid(torch.randn(count, generator=generator))
+    flow_time = torch.sigmoid(torch.randn(count, generator=generator) + logit_mean)
     return (num_train_timesteps * (1 - flow_time)).to(device)
 
 
@@ -66,6 +71,7 @@ def draw_flow_batch(
     prompt_dropout: float,
     generator: torch.Generator,
     device: str | torch.device,
+    logit_mean: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
     """What a batch of a [`LatentCache`] becomes in one step.
 
@@ -75,6 +81,7 @@ def draw_flow_batch(
         prompt_dropout: share of the samples that get those instead of their own, 0 to 1.
         generator: on the CPU; alone decides all that is drawn.
         device: where the results go.
+        logit_mean: as `sample_timesteps` takes it.
 
     Returns:
         Latents sampled from the posteriors and noise, both `(batch, channels, frames, height, width)`, timesteps
@@ -83,7 +90,7 @@ def draw_flow_batch(
     mean, std = batch["mean"], batch["std"]
     latents = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
-    timesteps = sample_timesteps(len(mean), generator, device=device)
+    timesteps = sample_timesteps(len(mean), generator, device=device, logit_mean=logit_mean)
     dropped = torch.rand(len(mean), generator=generator) < prompt_dropout
     texts = [unconditional if drop else text for drop, text in zip(dropped.tolist(), batch["text"], strict=True)]
     return latents.to(device), noise.to(device), timesteps, text_inputs(texts, device)

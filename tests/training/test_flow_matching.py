@@ -25,20 +25,21 @@ from tests.training_examples.caches import make_cache
 COUNT = 40_000
 
 
-def flow_times(seed: int = 0) -> torch.Tensor:
-    return 1 - sample_timesteps(COUNT, torch.Generator().manual_seed(seed)).double() / 1000
+def flow_times(seed: int = 0, **options) -> torch.Tensor:
+    return 1 - sample_timesteps(COUNT, torch.Generator().manual_seed(seed), **options).double() / 1000
 
 
-def test_flow_time_is_logit_normal():
-    times = flow_times()
+@pytest.mark.parametrize("mean", [0.0, -0.75])
+def test_flow_time_is_logit_normal(mean):
+    times = flow_times(logit_mean=mean) if mean else flow_times()
     assert 0 < times.min() and times.max() < 1
     normal = NormalDist()
     for share in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
-        quantile = 1 / (1 + math.exp(-normal.inv_cdf(share)))
+        quantile = 1 / (1 + math.exp(-normal.inv_cdf(share) - mean))
         below = (times < quantile).double().mean().item()
         assert below == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / COUNT))
     logits = torch.logit(times)
-    assert logits.mean().item() == pytest.approx(0, abs=4 / math.sqrt(COUNT))
+    assert logits.mean().item() == pytest.approx(mean, abs=4 / math.sqrt(COUNT))
     assert logits.std().item() == pytest.approx(1, abs=4 / math.sqrt(2 * COUNT))
 
 
