@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command that made the bundled Toybox checkpoint, five hours on two CPU cores, run from the root of the repository.
+# Every command that made the bundled Toybox checkpoint, seven hours on two CPU cores, run from the root of the repository.
 # bash training_examples/train_toybox.sh MEDIA, where MEDIA is a folder with a table of real films and photographs; its model card
 # lists those that the checkpoint saw.
 set -euo pipefail
@@ -38,7 +38,9 @@ precompute films_aspects $films --seed 3 --num_videos 3000 --resolution 78 $aspe
 precompute films_two --looks two_objects --seed 6 --num_videos 3000
 precompute images_128 $stills person --seed 11 --num_images 3000 --resolution 128
 precompute images_128_aspects $stills person --seed 13 --num_images 1000 --resolution 157 $aspects --batch_size 4
+precompute images_128_more $stills person --seed 22 --num_images 4000 --resolution 128
 precompute films_128 $films person --seed 10 --num_videos 2400 --resolution 128 $long
+precompute films_128_more $films person --seed 21 --num_videos 1800 --resolution 128 $long
 precompute films_128_aspects $films person --seed 12 --num_videos 768 --resolution 157 $aspects $long
 precompute sft_images $stills --seed 20 --num_images 512
 precompute sft_films $films --seed 20 --num_videos 1024
@@ -50,7 +52,7 @@ precompute heldout_images --num_images 128 --split held_out
 precompute heldout_films $films --num_videos 96 --split held_out
 precompute heldout_films_128 $films --num_videos 40 --resolution 128 $long --split held_out
 
-# 4. The backbone: pictures, pictures and films (in two runs), both sizes, three models fine-tuned on a small set, their mean
+# 4. The backbone: pictures, pictures and films, both sizes (in two runs each), three models fine-tuned on a small set, their mean
 backbone() {
     torchrun --nproc_per_node 2 training_examples/train_text_to_video.py --pipeline runs/frozen \
         --config training_examples/configs/"$@"
@@ -67,12 +69,15 @@ backbone toybox_t2iv.yaml --transformer runs/t2i/pipeline --output_dir runs/t2iv
 backbone toybox_t2iv.yaml --transformer runs/t2iv_a/pipeline --output_dir runs/t2iv \
     --data $small runs/cache/films_two --validation_data runs/cache/heldout_films \
     --max_train_steps 4200 --learning_rate 3e-3 --ema_decay 0.999
-backbone toybox_t2iv_128.yaml --transformer runs/t2iv/pipeline --output_dir runs/t2iv_128 \
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv/pipeline --output_dir runs/t2iv_128_a \
     --data $small runs/cache/films_two $large --validation_data $heldout
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv_128_a/pipeline --output_dir runs/t2iv_128 \
+    --data $small runs/cache/films_two $large $(cache images_128_more films_128_more) --validation_data $heldout \
+    --max_train_steps 6000 --learning_rate 2.5e-3 --logit_mean -1 --images_to_videos 1 2
 fine_tune() {
     backbone toybox_sft.yaml --transformer runs/t2iv_128/pipeline --data $sft --validation_data $heldout "$@"
 }
 fine_tune --seed 11 --learning_rate 3e-4 --output_dir runs/sft_a
-fine_tune --seed 12 --learning_rate 5e-4 --output_dir runs/sft_b
-fine_tune --seed 13 --learning_rate 1e-3 --output_dir runs/sft_c
+fine_tune --seed 12 --learning_rate 4e-4 --output_dir runs/sft_b
+fine_tune --seed 13 --learning_rate 6e-4 --output_dir runs/sft_c
 python training_examples/average_checkpoints.py runs/sft_a/pipeline runs/sft_b/pipeline runs/sft_c/pipeline --output_dir runs/sft
