@@ -63,6 +63,7 @@ from diffusers_moviegen.training import (
     latest_checkpoint,
     multiscale_gradient_loss,
     outlier_penalty,
+    parse_weights,
     prepare_hub_repository,
     push_folder_to_hub,
     restore_checkpoint,
@@ -259,18 +260,7 @@ class Arguments:
 
     def parse_motion_weights(self) -> dict[str, float]:
         """Weight of each motion that `--motion_weights` names."""
-        weights = {}
-        for item in self.motion_weights:
-            motion, _, weight = item.partition("=")
-            try:
-                weights[motion] = float(weight)
-            except ValueError:
-                raise ValueError(f"--motion_weights: '{item}' is no motion and its weight, such as spins=6.") from None
-            if motion not in MOTIONS:
-                raise ValueError(f"--motion_weights: there is no motion '{motion}'; choose from {', '.join(MOTIONS)}.")
-            if not 0 < weights[motion] < math.inf:
-                raise ValueError(f"--motion_weights: '{item}' has a weight that is not above 0 and finite.")
-        return weights
+        return parse_weights("motion_weights", self.motion_weights, MOTIONS)
 
     def takes_toybox(self, step: int) -> bool:
         """Whether `step` is one of drawn scenes. A turn has the pictures and clips of `images_to_videos`."""

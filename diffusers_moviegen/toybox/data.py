@@ -62,7 +62,8 @@ def _tuple(words: dict[str, str], background: str) -> tuple[str, str, str, str]:
 class Sampler:
     """Draws and renders the samples of a dataset: the function that [`dataset`] maps over batches of indices.
 
-    Attributes are the arguments of [`dataset`], with its defaults filled in.
+    Attributes are the arguments of [`dataset`], with its defaults filled in, and `motion_weights`: how likely, for
+    text_to_video, one object moves in each way, 1 where it is not named.
     """
 
     task: str
@@ -74,6 +75,7 @@ class Sampler:
     frame_rate: float
     looks: dict[str, float]
     paired: bool
+    motion_weights: dict[str, float] | None = None
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
         """Samples of the indices `batch["index"]`, as columns of the keys that [`dataset`] lists."""
@@ -120,7 +122,13 @@ class Sampler:
             return caption, words
         (look,) = rng.choices(list(self.looks), list(self.looks.values()))
         choice = None if look == "camera" else single_frame
-        caption, words = sample_caption(look, rng, held_out and look != "person", choice)
+        while True:
+            caption, words = sample_caption(look, rng, held_out and look != "person", choice)
+            if not self.motion_weights or "motion" not in words:
+                break
+            likeliest = max(1, *self.motion_weights.values())
+            if rng.random() * likeliest < self.motion_weights.get(words["motion"], 1):
+                break
         return caption, words | {"look": look}
 
     def _clip(self) -> dict[str, float]:

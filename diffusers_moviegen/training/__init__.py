@@ -7,6 +7,7 @@ from .arguments import (
     check_positive,
     check_training_options,
     parse_arguments,
+    parse_weights,
     run_script,
 )
 from .buckets import Bucket, Buckets, BucketSampler
@@ -94,6 +95,7 @@ __all__ = [
     "check_model_folder",
     "check_output_dir",
     "check_positive",
+    "parse_weights",
     "check_tracker",
     "check_training_options",
     "collate_media",

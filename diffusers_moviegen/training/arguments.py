@@ -107,6 +107,31 @@ def _read_config(path: Path, parser: HfArgumentParser) -> list[str]:
     return argv
 
 
+def parse_weights(option: str, items: list[str], names: Sequence[str]) -> dict[str, float]:
+    """Weights by name from words such as `spins=6`.
+
+    Args:
+        option: the option they are of, without dashes.
+        items: the words.
+        names: what there is.
+
+    Raises:
+        ValueError: if a word is no such pair, its name is not there, or its weight is not above 0 and finite.
+    """
+    weights = {}
+    for item in items:
+        name, _, weight = item.partition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise ValueError(f"--{option}: '{item}' is no name and its weight, such as {names[-1]}=6.") from None
+        if name not in names:
+            raise ValueError(f"--{option}: there is no '{name}'; choose from {', '.join(names)}.")
+        if not 0 < weights[name] < math.inf:
+            raise ValueError(f"--{option}: '{item}' has a weight that is not above 0 and finite.")
+    return weights
+
+
 def check_positive(arguments: object, names: tuple[str, ...]) -> None:
     """Raises a `ValueError` unless the attributes `names` of a script's `arguments` are at least 1."""
     for name in names:

@@ -28,6 +28,7 @@ from diffusers_moviegen.toybox.vocabulary import (
     MOTIONS,
     PERSON_MOTIONS,
     VOICES,
+    core_tuples,
     is_held_out,
     is_sound_held_out,
 )
@@ -406,6 +407,22 @@ def test_looks_can_be_chosen():
     mixture = sampler("text_to_video", looks={"core": 3, "text": 1, "camera": 0})
     looks = Counter(mixture.draw_words(index)[1]["look"] for index in range(1000))
     assert set(looks) == {"core", "text"} and 200 < looks["text"] < 300
+
+
+def test_motions_are_drawn_by_their_weights():
+    """Against the tuples counted one by one; looks of several objects have no motion of their own."""
+    weights = {"spins": 4, "bounces": 4, "grows": 0.5}
+    parts = {"task": "text_to_video", "split": "train", "seed": 5, "height": 64, "width": 64, "num_frames": 16}
+    parts |= {"frame_rate": 8, "looks": {"core": 1}, "paired": False}
+    plain, weighted = Sampler(**parts), Sampler(**parts, motion_weights=weights)
+    drawn = Counter(weighted.draw_words(index)[1]["motion"] for index in range(4000))
+    tuples = Counter(words[2] for words in core_tuples(held_out=False))
+    total = sum(count * weights.get(motion, 1) for motion, count in tuples.items())
+    for motion, count in tuples.items():
+        assert drawn[motion] / 4000 == pytest.approx(count * weights.get(motion, 1) / total, abs=0.03), motion
+    assert [plain.draw_words(0)] == [Sampler(**parts, motion_weights={}).draw_words(0)]
+    several = Sampler(**parts | {"looks": {"two_objects": 1}}, motion_weights=weights)
+    assert several.draw_words(3) == Sampler(**parts | {"looks": {"two_objects": 1}}).draw_words(3)
 
 
 def test_objects_are_told_from_left_to_right():

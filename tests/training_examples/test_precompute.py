@@ -158,6 +158,13 @@ def test_toybox_of_all_looks_sizes_and_lengths(pipeline_folder, tmp_path):
     assert all(sample.name.startswith("text_to_video/held_out/3/") for sample in cache.samples)
 
 
+def test_motions_by_their_weights(pipeline_folder, tmp_path):
+    """A weight that leaves nothing else, for films; pictures of the same cache stay still."""
+    folder = make_cache(tmp_path / "cache", pipeline_folder, 4, 12, motion_weights=["spins=100000"])
+    captions = [sample.captions[0] for sample in LatentCache([folder]).samples]
+    assert sum(" spins on " in caption for caption in captions) == 12 and len(captions) == 16
+
+
 def test_two_processes_share_the_shards(pipeline_folder, tmp_path):
     options = TOYBOX | {"num_images": 6, "num_videos": 6, "samples_per_shard": 4, "pipeline": pipeline_folder}
     run_without_av_and_datasets("precompute", tmp_path, 2, output_dir=tmp_path / "two", **options)
@@ -477,6 +484,9 @@ def test_an_autoencoder_without_statistics_is_refused(pipeline_folder, tmp_path,
         ({"num_images": -1}, "--toybox: pass how much to draw"),
         ({"num_windows": 2}, "--num_windows, --film_part and --exclude are for --data"),
         ({"exclude": ["a"]}, "--num_windows, --film_part and --exclude are for --data"),
+        ({"motion_weights": ["jumps=2"], "num_videos": 1}, "--motion_weights: there is no 'jumps'; choose from stays still"),
+        ({"motion_weights": ["spins=2"], "num_videos": 0}, "--motion_weights does nothing for pictures"),
+        ({"toybox": False, "data": "clips", "motion_weights": ["spins=2"]}, "--motion_weights says how Toybox is"),
         ({"looks": ["core", "cubes"]}, "--looks is .*cubes.*: use some of core, phrasing"),
         ({"looks": ["camera"]}, "--looks: there is no 'camera' in single frames"),
         ({"looks": ["person"]}, "--looks: there is no 'person'"),
