@@ -26,7 +26,7 @@ precompute() {
         --num_images 0 --num_videos 0 --batch_size 8 --output_dir runs/cache/"$@"
 }
 stills="--looks core two_objects text checkered"
-films="$stills camera"
+films="--looks core two_objects text camera checkered"
 aspects="--aspect_ratios 0.667 1.5"
 long="--lengths 32 --frame_rate 16 --batch_size 1"
 precompute images $stills --num_images 8000
@@ -43,11 +43,11 @@ precompute films_128 $films person --seed 10 --num_videos 2400 --resolution 128 
 precompute films_128_more $films person --seed 21 --num_videos 1800 --resolution 128 $long
 precompute films_128_aspects $films person --seed 12 --num_videos 768 --resolution 157 $aspects $long
 precompute sft_images $stills --seed 20 --num_images 512
-precompute sft_films $films --seed 20 --num_videos 1024
-precompute sft_films_16fps $films --seed 21 --num_videos 512 --lengths 16 32 --frame_rate 16
-precompute sft_films_aspects $films --seed 22 --num_videos 512 --resolution 78 $aspects
+precompute sft_films $stills camera --seed 20 --num_videos 1024
+precompute sft_films_16fps $stills camera --seed 21 --num_videos 512 --lengths 16 32 --frame_rate 16
+precompute sft_films_aspects $stills camera --seed 22 --num_videos 512 --resolution 78 $aspects
 precompute sft_images_128 $stills --seed 23 --num_images 384 --resolution 128
-precompute sft_films_128 $films --seed 23 --num_videos 192 --resolution 128 $long
+precompute sft_films_128 $stills camera --seed 23 --num_videos 192 --resolution 128 $long
 precompute heldout_images --num_images 128 --split held_out
 precompute heldout_films $films --num_videos 96 --split held_out
 precompute heldout_films_128 $films --num_videos 40 --resolution 128 $long --split held_out
@@ -60,6 +60,7 @@ backbone() {
 cache() { printf "runs/cache/%s " "$@"; }
 small=$(cache images images_aspects films_a films_b films_16fps films_aspects)
 large=$(cache images_128 images_128_aspects films_128 films_128_aspects)
+larger=$(cache images_128 images_128_more images_128_aspects films_128 films_128_more films_128_aspects)
 sft=$(cache sft_images sft_films sft_films_16fps sft_films_aspects sft_images_128 sft_films_128)
 heldout=$(cache heldout_films heldout_films_128)
 backbone toybox_t2i.yaml --output_dir runs/t2i \
@@ -72,7 +73,7 @@ backbone toybox_t2iv.yaml --transformer runs/t2iv_a/pipeline --output_dir runs/t
 backbone toybox_t2iv_128.yaml --transformer runs/t2iv/pipeline --output_dir runs/t2iv_128_a \
     --data $small runs/cache/films_two $large --validation_data $heldout
 backbone toybox_t2iv_128.yaml --transformer runs/t2iv_128_a/pipeline --output_dir runs/t2iv_128 \
-    --data $small runs/cache/films_two $large $(cache images_128_more films_128_more) --validation_data $heldout \
+    --data $small runs/cache/films_two $larger --validation_data $heldout \
     --max_train_steps 6000 --learning_rate 2.5e-3 --logit_mean -1 --images_to_videos 1 2
 fine_tune() {
     backbone toybox_sft.yaml --transformer runs/t2iv_128/pipeline --data $sft --validation_data $heldout "$@"
