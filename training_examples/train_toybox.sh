@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command that made the bundled Toybox checkpoint, seven hours on two CPU cores, run from the root of the repository.
+# Every command that made the bundled Toybox checkpoint, eight and a half hours on two CPU cores, run from the root of the repository.
 # bash training_examples/train_toybox.sh MEDIA, where MEDIA is a folder with a table of real films and photographs; its model card
 # lists those that the checkpoint saw.
 set -euo pipefail
@@ -36,11 +36,15 @@ precompute films_b $films --seed 1 --num_videos 6500
 precompute films_16fps $films --seed 2 --num_videos 4000 --lengths 16 32 --frame_rate 16
 precompute films_aspects $films --seed 3 --num_videos 3000 --resolution 78 $aspects
 precompute films_two --looks two_objects --seed 6 --num_videos 3000
+precompute films_two_more --looks two_objects --seed 32 --num_videos 4000
+precompute films_motion --looks core --seed 31 --num_videos 6000 --motion_weights spins=4 bounces=4
 precompute images_128 $stills person --seed 11 --num_images 3000 --resolution 128
 precompute images_128_aspects $stills person --seed 13 --num_images 1000 --resolution 157 $aspects --batch_size 4
 precompute images_128_more $stills person --seed 22 --num_images 4000 --resolution 128
+precompute images_128_core --looks core --seed 34 --num_images 3000 --resolution 128
 precompute films_128 $films person --seed 10 --num_videos 2400 --resolution 128 $long
 precompute films_128_more $films person --seed 21 --num_videos 1800 --resolution 128 $long
+precompute films_128_core --looks core --seed 33 --num_videos 1200 --resolution 128 $long
 precompute films_128_aspects $films person --seed 12 --num_videos 768 --resolution 157 $aspects $long
 precompute sft_images $stills --seed 20 --num_images 512
 precompute sft_films $stills camera --seed 20 --num_videos 1024
@@ -52,7 +56,7 @@ precompute heldout_images --num_images 128 --split held_out
 precompute heldout_films $films --num_videos 96 --split held_out
 precompute heldout_films_128 $films --num_videos 40 --resolution 128 $long --split held_out
 
-# 4. The backbone: pictures, pictures and films, both sizes (in two runs each), three models fine-tuned on a small set, their mean
+# 4. The backbone: pictures, pictures and films, both sizes (in two and three runs), three models fine-tuned on a small set, their mean
 backbone() {
     torchrun --nproc_per_node 2 training_examples/train_text_to_video.py --pipeline runs/frozen \
         --config training_examples/configs/"$@"
@@ -61,6 +65,9 @@ cache() { printf "runs/cache/%s " "$@"; }
 small=$(cache images images_aspects films_a films_b films_16fps films_aspects)
 large=$(cache images_128 images_128_aspects films_128 films_128_aspects)
 larger=$(cache images_128 images_128_more images_128_aspects films_128 films_128_more films_128_aspects)
+hard=$(cache films_two films_motion films_two_more)
+largest=$(cache images_128 images_128_more images_128_core images_128_aspects \
+    films_128 films_128_more films_128_core films_128_aspects)
 sft=$(cache sft_images sft_films sft_films_16fps sft_films_aspects sft_images_128 sft_films_128)
 heldout=$(cache heldout_films heldout_films_128)
 backbone toybox_t2i.yaml --output_dir runs/t2i \
@@ -72,9 +79,12 @@ backbone toybox_t2iv.yaml --transformer runs/t2iv_a/pipeline --output_dir runs/t
     --max_train_steps 4200 --learning_rate 3e-3 --ema_decay 0.999
 backbone toybox_t2iv_128.yaml --transformer runs/t2iv/pipeline --output_dir runs/t2iv_128_a \
     --data $small runs/cache/films_two $large --validation_data $heldout
-backbone toybox_t2iv_128.yaml --transformer runs/t2iv_128_a/pipeline --output_dir runs/t2iv_128 \
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv_128_a/pipeline --output_dir runs/t2iv_128_b \
     --data $small runs/cache/films_two $larger --validation_data $heldout \
     --max_train_steps 6000 --learning_rate 2.5e-3 --logit_mean -1 --images_to_videos 1 2
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv_128_b/pipeline --output_dir runs/t2iv_128 \
+    --data $small $hard $largest --validation_data $heldout \
+    --max_train_steps 5500 --learning_rate 2e-3 --logit_mean -1 --images_to_videos 1 3
 fine_tune() {
     backbone toybox_sft.yaml --transformer runs/t2iv_128/pipeline --data $sft --validation_data $heldout "$@"
 }
