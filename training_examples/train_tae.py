@@ -27,6 +27,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
@@ -170,6 +171,10 @@ class Arguments:
     adversarial_start: int = field(default=20_000, metadata={"help": "step from which the adversary takes part"})
     discriminator_channels: int = 64
     discriminator_learning_rate: float = 1e-4
+    latent_noise: float = field(
+        default=0.0,
+        metadata={"help": "of --stage decoder: deviation of the noise in its latents, up to so many of theirs"},
+    )
     kl_weight: float = 1e-6
     outlier_weight: float = 0.0
     mse_weight: float = 0.0
@@ -224,6 +229,8 @@ class Arguments:
             )
         if self.stage == "decoder" and self.autoencoder is None:
             raise ValueError("--stage decoder goes on from --autoencoder, the vae/ that --stage video wrote.")
+        if self.latent_noise and self.stage != "decoder":
+            raise ValueError(f"--latent_noise is for --stage decoder, not for {self.stage}: leave it out.")
         if self.image_autoencoder is not None and self.stage != "video":
             raise ValueError("--image_autoencoder is for --stage video; go on with --autoencoder.")
         if self.image_autoencoder is not None and self.autoencoder is not None:
@@ -240,7 +247,7 @@ class Arguments:
                 f"{self.norm_num_groups}."
             )
         weights = [name for name in vars(self) if name.endswith("_weight")]
-        for name in (*weights, "discriminator_learning_rate", "adversarial_start"):
+        for name in (*weights, "latent_noise", "discriminator_learning_rate", "adversarial_start"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be 0 or more.")
         if self.perceptual_features is not None and self.perceptual_weight == 0:
@@ -345,9 +352,9 @@ def make_autoencoder(args: Arguments) -> AutoencoderKL | AutoencoderKLMovieGen:
 class Reconstruction(torch.nn.Module):
     """Encoding and decoding as one forward pass, so that the training engine's hooks see it."""
 
-    def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLMovieGen):
+    def __init__(self, autoencoder: AutoencoderKL | AutoencoderKLMovieGen, latent_noise: float = 0.0):
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.latent_noise = autoencoder, latent_noise
 
     def forward(self, video: torch.Tensor, generator: torch.Generator | None = None):
         """Reconstruction, posterior and latents: a draw of the posterior with a `generator`, else its mean."""
@@ -356,7 +363,18 @@ class Reconstruction(torch.nn.Module):
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         if images:
             return self.autoencoder.decode(latents).sample[:, :, None], posterior, latents[:, :, None]
-        return self.autoencoder.decode(latents, num_frames=video.shape[2]).sample, posterior, latents
+        decoded = latents if generator is None else self.add_noise(latents, generator)
+        return self.autoencoder.decode(decoded, num_frames=video.shape[2]).sample, posterior, latents
+
+    def add_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Latents as imperfect as those of a backbone may be, each clip's by another share of `latent_noise`."""
+        if not self.latent_noise:
+            return latents
+        std = self.autoencoder.config.latents_std
+        std = 1.0 if std is None else latents.new_tensor(std).view(1, -1, 1, 1, 1)
+        share = torch.rand(len(latents), 1, 1, 1, 1, generator=generator).to(latents)
+        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return latents + self.latent_noise * share * std * noise
 
     @property
     def last_layer(self) -> torch.nn.Parameter:
@@ -732,7 +750,7 @@ def main(args: Arguments) -> None:
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    reconstruct, optimizer = accelerator.prepare(Reconstruction(model), optimizer)
+    reconstruct, optimizer = accelerator.prepare(Reconstruction(model, args.latent_noise), optimizer)
     if args.adversarial_weight:
         adversary = PatchDiscriminator3D(model.config.out_channels, args.discriminator_channels)
         adversary_optimizer = torch.optim.AdamW(

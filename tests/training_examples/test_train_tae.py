@@ -301,6 +301,31 @@ def test_decoder_stage_keeps_the_latents(script, video_run, tmp_path):
     assert str(start) not in (tmp_path / "vae" / "config.json").read_text()
 
 
+def test_noise_in_the_latents_that_are_decoded(script, video_run, monkeypatch):
+    """Of any deviation up to what is asked for, in deviations of the channel; the latents are returned without it."""
+    model = AutoencoderKLMovieGen.from_pretrained(video_run[0] / "vae")
+    model.register_to_config(latents_std=[1.0 + channel for channel in range(model.config.latent_channels)])
+    seen, decode = [], model.decode
+
+    def spy(latents, **options):
+        seen.append(latents)
+        return decode(latents, **options)
+
+    monkeypatch.setattr(model, "decode", spy)
+    reconstruct, strengths = script.Reconstruction(model, latent_noise=0.5), []
+    video = torch.rand(4, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for seed in range(4):
+        _, posterior, latents = reconstruct(video, torch.Generator().manual_seed(seed))
+        assert torch.equal(latents, posterior.sample(torch.Generator().manual_seed(seed)))
+        noise = (seen[-1] - latents) / torch.tensor(model.config.latents_std).view(1, -1, 1, 1, 1)
+        channels = noise.transpose(1, 2).flatten(3).flatten(0, 1).std(dim=(0, 2))
+        assert channels.max() < 1.5 * channels.min()
+        strengths += noise.flatten(1).std(dim=1).tolist()
+    assert max(strengths) < 0.55 and min(strengths) < 0.2 and max(strengths) > 0.35
+    _, _, latents = reconstruct(video)
+    assert seen[-1] is latents
+
+
 # --- Steps ------------------------------------------------------------------------------------------------------
 
 
@@ -949,6 +974,7 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
     [
         ({"stage": "image", "image_autoencoder": "vae"}, "--image_autoencoder is for --stage video"),
         ({"stage": "decoder"}, "--stage decoder goes on from --autoencoder"),
+        ({"stage": "video", "latent_noise": 0.5}, "--latent_noise is for --stage decoder, not for video"),
         ({"image_autoencoder": "a", "autoencoder": "b"}, "both given; start from one of them"),
         ({"image_batch_size": 3}, "--image_batch_size is 3: use a multiple of 2"),
         ({"validation_steps": 0}, "--validation_steps is 0: it must be at least 1"),
