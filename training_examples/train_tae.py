@@ -363,15 +363,12 @@ class Reconstruction(torch.nn.Module):
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         if images:
             return self.autoencoder.decode(latents).sample[:, :, None], posterior, latents[:, :, None]
-        decoded = latents if generator is None else self.add_noise(latents, generator)
+        decoded = latents if generator is None or not self.latent_noise else self.add_noise(latents, generator)
         return self.autoencoder.decode(decoded, num_frames=video.shape[2]).sample, posterior, latents
 
     def add_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Latents as imperfect as those of a backbone may be, each clip's by another share of `latent_noise`."""
-        if not self.latent_noise:
-            return latents
-        std = self.autoencoder.config.latents_std
-        std = 1.0 if std is None else latents.new_tensor(std).view(1, -1, 1, 1, 1)
+        std = latents.new_tensor(self.autoencoder.config.latents_std).view(1, -1, 1, 1, 1)
         share = torch.rand(len(latents), 1, 1, 1, 1, generator=generator).to(latents)
         noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         return latents + self.latent_noise * share * std * noise
@@ -721,6 +718,11 @@ def main(args: Arguments) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.stage == "decoder":
+        if args.latent_noise and model.config.latents_std is None:
+            raise ValueError(
+                f"--latent_noise: the config of '{args.autoencoder}' has no latents_std; pass an autoencoder that "
+                "--stage video measured them for, or leave the option out."
+            )
         # The latents stay what a backbone may already be learning.
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)

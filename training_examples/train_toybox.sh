@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every command that made the bundled Toybox checkpoint, eight and a half hours on two CPU cores, run from the root of the repository.
+# Every command that made the bundled Toybox checkpoint, eight and a half hours on two CPU cores, run from the root of the
+# repository.
 # bash training_examples/train_toybox.sh MEDIA, where MEDIA is a folder with a table of real films and photographs; its model card
 # lists those that the checkpoint saw.
 set -euo pipefail
@@ -56,7 +57,8 @@ precompute heldout_images --num_images 128 --split held_out
 precompute heldout_films $films --num_videos 96 --split held_out
 precompute heldout_films_128 $films --num_videos 40 --resolution 128 $long --split held_out
 
-# 4. The backbone: pictures, pictures and films, both sizes (in two and three runs), three models fine-tuned on a small set, their mean
+# 4. The backbone: pictures, pictures and films, both sizes (in two and three runs), three models fine-tuned on a small set,
+# their mean
 backbone() {
     torchrun --nproc_per_node 2 training_examples/train_text_to_video.py --pipeline runs/frozen \
         --config training_examples/configs/"$@"

@@ -326,6 +326,17 @@ def test_noise_in_the_latents_that_are_decoded(script, video_run, monkeypatch):
     assert seen[-1] is latents
 
 
+def test_noise_needs_the_deviations_of_the_latents(script, video_run, tmp_path):
+    model = AutoencoderKLMovieGen.from_pretrained(video_run[0] / "vae")
+    model.register_to_config(latents_std=None)
+    model.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="--latent_noise: the config of '.*vae' has no latents_std; pass an auto"):
+        run(
+            script, stage="decoder", autoencoder=tmp_path / "vae", output_dir=tmp_path / "run", latent_noise=1, **SMALL
+        )
+    assert not (tmp_path / "run").exists()
+
+
 # --- Steps ------------------------------------------------------------------------------------------------------
 
 
