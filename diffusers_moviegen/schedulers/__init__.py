@@ -2,6 +2,12 @@ from .scheduling_flow_match_linear_quadratic import (
     FlowMatchLinearQuadraticScheduler,
     FlowMatchLinearQuadraticSchedulerOutput,
 )
+from .scheduling_flow_match_midpoint import FlowMatchMidpointScheduler, FlowMatchMidpointSchedulerOutput
 
 
-__all__ = ["FlowMatchLinearQuadraticScheduler", "FlowMatchLinearQuadraticSchedulerOutput"]
+__all__ = [
+    "FlowMatchLinearQuadraticScheduler",
+    "FlowMatchLinearQuadraticSchedulerOutput",
+    "FlowMatchMidpointScheduler",
+    "FlowMatchMidpointSchedulerOutput",
+]
