@@ -5,19 +5,34 @@
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from .checkpoints import bundled_checkpoint
-from .models import AutoencoderKLMovieGen, MovieGenTransformer3DModel
-from .pipelines import MovieGenPipeline, MovieGenPipelineOutput
+from .models import (
+    AutoencoderDACVAE,
+    AutoencoderKLMovieGen,
+    MovieGenAudioTransformer1DModel,
+    MovieGenTransformer3DModel,
+)
+from .pipelines import (
+    MovieGenAudioPipeline,
+    MovieGenAudioPipelineOutput,
+    MovieGenPipeline,
+    MovieGenPipelineOutput,
+)
 from .registration import register_with_diffusers
-from .schedulers import FlowMatchLinearQuadraticScheduler
+from .schedulers import FlowMatchLinearQuadraticScheduler, FlowMatchMidpointScheduler
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoencoderDACVAE",
     "AutoencoderKLMovieGen",
     "DiffusionPipeline",
     "FlowMatchLinearQuadraticScheduler",
+    "FlowMatchMidpointScheduler",
     "ModelMixin",
+    "MovieGenAudioPipeline",
+    "MovieGenAudioPipelineOutput",
+    "MovieGenAudioTransformer1DModel",
     "MovieGenPipeline",
     "MovieGenPipelineOutput",
     "MovieGenTransformer3DModel",

@@ -10,10 +10,16 @@ from diffusers.hooks._helpers import (
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.pipelines import pipeline_loading_utils
 
-from .models import AutoencoderKLMovieGen, MovieGenTransformer3DModel
+from .models import (
+    AutoencoderDACVAE,
+    AutoencoderKLMovieGen,
+    MovieGenAudioTransformer1DModel,
+    MovieGenTransformer3DModel,
+)
 from .models.transformer_moviegen import MovieGenAttnProcessor, MovieGenTransformerBlock
-from .pipelines import MovieGenPipeline
-from .schedulers import FlowMatchLinearQuadraticScheduler
+from .models.transformer_moviegen_audio import MovieGenAudioAttnProcessor, MovieGenAudioTransformerBlock
+from .pipelines import MovieGenAudioPipeline, MovieGenPipeline
+from .schedulers import FlowMatchLinearQuadraticScheduler, FlowMatchMidpointScheduler
 
 
 LIBRARY_NAME = "diffusers_moviegen"
@@ -21,8 +27,12 @@ LIBRARY_NAME = "diffusers_moviegen"
 # Classes that `diffusers` looks up by name in its own module: the `_class_name` of a pipeline's `model_index.json` and
 # of a model's `config.json`.
 PUBLIC_CLASSES = (
+    AutoencoderDACVAE,
     AutoencoderKLMovieGen,
     FlowMatchLinearQuadraticScheduler,
+    FlowMatchMidpointScheduler,
+    MovieGenAudioPipeline,
+    MovieGenAudioTransformer1DModel,
     MovieGenPipeline,
     MovieGenTransformer3DModel,
 )
@@ -47,18 +57,25 @@ def register_with_diffusers() -> None:
     }
 
     # Single files have the key names of these classes, so there is nothing to convert.
-    for model_class in (AutoencoderKLMovieGen, MovieGenTransformer3DModel):
+    for model_class in (
+        AutoencoderDACVAE,
+        AutoencoderKLMovieGen,
+        MovieGenAudioTransformer1DModel,
+        MovieGenTransformer3DModel,
+    ):
         SINGLE_FILE_LOADABLE_CLASSES[model_class.__name__] = {"checkpoint_mapping_fn": _keep_keys}
 
     # Step caches and layer skipping look up how to take the hidden states out of a block's or a processor's arguments
     # and output.
-    TransformerBlockRegistry.register(
-        MovieGenTransformerBlock,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-    )
-    AttentionProcessorRegistry.register(
-        MovieGenAttnProcessor, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
-    )
+    for block_class in (MovieGenAudioTransformerBlock, MovieGenTransformerBlock):
+        TransformerBlockRegistry.register(
+            block_class,
+            TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+        )
+    for processor_class in (MovieGenAudioAttnProcessor, MovieGenAttnProcessor):
+        AttentionProcessorRegistry.register(
+            processor_class, AttentionProcessorMetadata(skip_processor_output_fn=_skip_attention)
+        )
 
 
 def _keep_keys(checkpoint, **kwargs):

@@ -1,19 +1,26 @@
-"""A Movie Gen pipeline small enough for tests: real classes, random weights, tokenizers built in memory."""
+"""Movie Gen pipelines small enough for tests: real classes, random weights, tokenizers built in memory."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     ByT5Tokenizer,
+    CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
 
 from diffusers_moviegen import (
+    AutoencoderDACVAE,
     AutoencoderKLMovieGen,
     FlowMatchLinearQuadraticScheduler,
+    FlowMatchMidpointScheduler,
+    MovieGenAudioPipeline,
+    MovieGenAudioTransformer1DModel,
     MovieGenPipeline,
     MovieGenTransformer3DModel,
 )
@@ -22,6 +29,8 @@ from diffusers_moviegen import (
 TEXT_WIDTH, TEXT_WIDTH_2, TEXT_WIDTH_3 = 32, 24, 16
 MAX_FRAMES, MAX_SIZE = 24, 64
 CLIP_POSITIONS = 64
+VIDEO_WIDTH, IMAGE_SIZE = 12, 16
+AUDIO_RATE, AUDIO_HOP, AUDIO_SEGMENT = 200, 8, 20
 
 
 def byte_tokenizer(template: str, special_tokens: list[str], **kwargs) -> PreTrainedTokenizerFast:
@@ -150,5 +159,84 @@ def tiny_pipeline(**components) -> MovieGenPipeline:
     }
     arguments.update({name: build() for name, build in builders.items() if name not in components})
     pipeline = MovieGenPipeline(**{**arguments, **components})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_image_processor() -> CLIPImageProcessorPil:
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+
+
+def tiny_image_encoder() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(5)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        projection_dim=VIDEO_WIDTH,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def tiny_audio_vae() -> AutoencoderDACVAE:
+    """25 latents a second, like the real one, at 200 Hz."""
+    torch.manual_seed(6)
+    vae = AutoencoderDACVAE(
+        encoder_hidden_size=4,
+        downsampling_ratios=(2, 4),
+        decoder_hidden_size=16,
+        latent_channels=6,
+        sampling_rate=AUDIO_RATE,
+        latents_mean=[0.1 * channel for channel in range(6)],
+        latents_std=[1 + 0.1 * channel for channel in range(6)],
+    )
+    # With the few channels of this one, what a new model makes of a sound is next to nothing.
+    for name, parameter in vae.named_parameters():
+        if name.endswith("weight.original0"):
+            torch.nn.init.constant_(parameter, 0.7)
+    return vae.eval()
+
+
+def tiny_audio_transformer() -> MovieGenAudioTransformer1DModel:
+    torch.manual_seed(7)
+    transformer = MovieGenAudioTransformer1DModel(
+        in_channels=6,
+        out_channels=6,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        ffn_dim=48,
+        freq_dim=32,
+        text_embed_dim=TEXT_WIDTH,
+        video_embed_dim=VIDEO_WIDTH,
+    )
+    # An untrained transformer predicts zero; with these weights every condition, time and positions matter.
+    for parameter in transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return transformer.eval()
+
+
+def tiny_audio_pipeline(**components) -> MovieGenAudioPipeline:
+    """A pipeline of fresh components, always with the same weights; `components` replace or add arguments."""
+    builders = {
+        "tokenizer": tiny_tokenizer,
+        "text_encoder": tiny_text_encoder,
+        "image_processor": tiny_image_processor,
+        "image_encoder": tiny_image_encoder,
+        "transformer": tiny_audio_transformer,
+        "vae": tiny_audio_vae,
+        "scheduler": FlowMatchMidpointScheduler,
+    }
+    arguments = {
+        "default_control_prefix": "Quality: 9. Music: no. ",
+        "segment_length_in_s": AUDIO_SEGMENT * AUDIO_HOP / AUDIO_RATE,
+    }
+    arguments.update({name: build() for name, build in builders.items() if name not in components})
+    pipeline = MovieGenAudioPipeline(**{**arguments, **components})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -20,3 +20,20 @@ class MovieGenPipelineOutput(BaseOutput):
     """
 
     frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]
+
+
+@dataclass
+class MovieGenAudioPipelineOutput(BaseOutput):
+    """
+    Output of the Movie Gen audio pipeline.
+
+    Args:
+        audios (`np.ndarray` or `torch.Tensor`):
+            The sounds, one a batch entry, with values in [-1, 1]: float32 `(batch, channels, samples)`, mono. For
+            "latent" the normalised latents `(batch, latent_channels, latents)`, float32.
+        sampling_rate (`int`):
+            Samples a second.
+    """
+
+    audios: np.ndarray | torch.Tensor
+    sampling_rate: int

@@ -104,7 +104,8 @@ def transformer_text_inputs(embeds: dict[str, torch.Tensor], negative: bool = Fa
     return inputs
 
 
-def _check_texts(name: str, texts: str | list[str] | None):
+def check_texts(name: str, texts: str | list[str] | None):
+    """Raise a `ValueError` unless the argument `name` is a string, a list of at least one string, or `None`."""
     if texts is None or isinstance(texts, str):
         return
     if not isinstance(texts, list):
@@ -177,8 +178,8 @@ class PromptEncodingMixin:
             `ValueError`: if a prompt is no string or a list is empty, the two lists differ in length, or a text
             encoder or tokenizer is `None` or not the one that the transformer was trained with.
         """
-        _check_texts("prompt", prompt)
-        _check_texts("negative_prompt", negative_prompt)
+        check_texts("prompt", prompt)
+        check_texts("negative_prompt", negative_prompt)
         num_frames = self.config.default_num_frames if num_frames is None else num_frames
         frame_rate = self.config.default_frame_rate if frame_rate is None else frame_rate
 
@@ -220,7 +221,7 @@ class PromptEncodingMixin:
             raise ValueError("Pass `prompt` or the prompt embeddings, not both.")
         if prompt is None and not has_embeds:
             raise ValueError("Pass `prompt`, or the prompt embeddings that `encode_prompt` returns.")
-        _check_texts("prompt", prompt)
+        check_texts("prompt", prompt)
         if prompt is None:
             batch_size = self._check_embeds(embeds, PROMPT_EMBEDS_NAMES)
         else:
@@ -229,7 +230,7 @@ class PromptEncodingMixin:
         has_negative_embeds = any(embeds[name] is not None for name in NEGATIVE_PROMPT_EMBEDS_NAMES)
         if negative_prompt is not None and has_negative_embeds:
             raise ValueError("Pass `negative_prompt` or the negative prompt embeddings, not both.")
-        _check_texts("negative_prompt", negative_prompt)
+        check_texts("negative_prompt", negative_prompt)
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts; pass one string,"
