@@ -10,6 +10,7 @@ from .arguments import (
     parse_weights,
     run_script,
 )
+from .audio_losses import SpectralLoss, SpectrogramDiscriminator, latent_kl
 from .buckets import Bucket, Buckets, BucketSampler
 from .cached_data import cache_loader, load_caches
 from .checkpointing import (
@@ -23,6 +24,7 @@ from .checkpointing import (
 from .ema import ShardedEMA
 from .flow_matching import (
     draw_flow_batch,
+    draw_flow_latents,
     flow_loss,
     sample_timesteps,
     step_generator,
@@ -60,6 +62,7 @@ from .muon import Muon
 from .run_folders import check_output_dir, written_beside
 from .sample_sheets import save_sample_sheet
 from .sharding import end_training, prepare_sharding
+from .sound_dataset import SoundDataset, read_sound
 from .trackers import check_tracker, start_trackers
 
 
@@ -85,6 +88,9 @@ __all__ = [
     "PatchDiscriminator3D",
     "RunState",
     "ShardedEMA",
+    "SoundDataset",
+    "SpectralLoss",
+    "SpectrogramDiscriminator",
     "StopSignal",
     "StreamLoader",
     "TrainingStopped",
@@ -100,11 +106,13 @@ __all__ = [
     "collate_media",
     "discriminator_loss",
     "draw_flow_batch",
+    "draw_flow_latents",
     "end_training",
     "exchange",
     "find_pipeline",
     "flow_loss",
     "kl_divergence",
+    "latent_kl",
     "latest_checkpoint",
     "list_media",
     "load_caches",
@@ -118,6 +126,7 @@ __all__ = [
     "probe_media",
     "push_folder_to_hub",
     "read_media",
+    "read_sound",
     "restore_checkpoint",
     "run_script",
     "sample_timesteps",

@@ -153,15 +153,17 @@ def check_training_options(arguments: object) -> None:
     )
     # Compared so that NaN is refused, too.
     for name in ("learning_rate", "lr_warmup_steps", "weight_decay", "num_workers", "seed"):
-        value = getattr(arguments, name)
+        # Scripts that read nothing beside the training have no processes for it.
+        value = getattr(arguments, name, 0)
         if not 0 <= value < math.inf:
             raise ValueError(f"--{name} is {value}: it must be at least 0 and finite.")
     if arguments.seed >= 2**32:
         raise ValueError(f"--seed is {arguments.seed}: it must be below {2**32}.")
     if not arguments.max_grad_norm > 0:
         raise ValueError(f"--max_grad_norm is {arguments.max_grad_norm}: it must be above 0.")
-    ratio = arguments.images_to_videos
-    if len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0:
+    # A script without pictures does not have it.
+    ratio = getattr(arguments, "images_to_videos", None)
+    if ratio is not None and (len(ratio) != 2 or min(ratio) < 0 or max(ratio) == 0):
         raise ValueError(f"--images_to_videos is {ratio}: pass two numbers of batches, such as 1 10.")
     check_tracker(arguments.report_to)
     if arguments.push_to_hub and arguments.hub_model_id is None:

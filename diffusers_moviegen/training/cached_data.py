@@ -11,14 +11,19 @@ from .media_loaders import BucketLoader
 
 
 def load_caches(
-    accelerator: Accelerator, pipeline: str, data: list[str], validation_data: list[str]
+    accelerator: Accelerator,
+    pipeline: str,
+    data: list[str],
+    validation_data: list[str],
+    class_name: str = "MovieGenPipeline",
 ) -> tuple[Path, LatentCache, LatentCache | None]:
     """Caches to train on and, if any, to validate on, checked against each other and the models they were made with.
 
     Args:
         accelerator: whose main process reads the weights of the frozen models, to compare them.
-        pipeline: folder or Hub id of a `MovieGenPipeline`, with or without a backbone.
-        data, validation_data: folders that precompute.py wrote; none to validate on are needed.
+        pipeline: folder or Hub id of a pipeline, with or without a backbone.
+        data, validation_data: folders with latents that its models made; none to validate on are needed.
+        class_name: class of the pipeline.
 
     Returns:
         The folder of the pipeline, the cache to train on, and the one to validate on or None.
@@ -31,11 +36,12 @@ def load_caches(
     for folder in validation_data:
         if Path(folder).resolve() in trained_on:
             raise ValueError(f"--validation_data: '{folder}' is trained on; pass samples that are not in --data.")
-    frozen = find_pipeline(pipeline)
-    cache, validation_cache = LatentCache(data), None
+    frozen = find_pipeline(pipeline, class_name)
+    script = "precompute_audio.py" if class_name == "MovieGenAudioPipeline" else "precompute.py"
+    cache, validation_cache = LatentCache(data, script), None
     if validation_data:
         try:
-            validation_cache = LatentCache(validation_data)
+            validation_cache = LatentCache(validation_data, script)
         except (OSError, ValueError) as error:
             raise type(error)("--validation_data" + str(error).removeprefix("--data")) from error
         difference = first_difference(cache.fingerprint["models"], validation_cache.fingerprint["models"])
@@ -53,7 +59,7 @@ def cache_loader(
     accelerator: Accelerator,
     cache: LatentCache,
     train_batch_size: int,
-    images_to_videos: list[int],
+    images_to_videos: list[int] | None,
     seed: int,
     num_workers: int,
     max_batch_positions: int | None = None,
@@ -61,7 +67,7 @@ def cache_loader(
     """The batches of this process, of the same shape as those of the others.
 
     Large samples come in batches of fewer than `train_batch_size`, of at most `max_batch_positions` latent positions
-    (frames times height times width), but for a single sample that has more.
+    (frames times height times width), but for a single sample that has more. `images_to_videos` is None for sounds.
 
     Raises:
         ValueError: if no bucket has samples enough for a batch on every process.
@@ -77,7 +83,7 @@ def cache_loader(
             [sample.bucket for sample in cache.samples],
             batch_size,
             seed=seed,
-            images_to_videos=tuple(images_to_videos),
+            images_to_videos=None if images_to_videos is None else tuple(images_to_videos),
             rank=accelerator.process_index,
             num_replicas=accelerator.num_processes,
         )

@@ -1,5 +1,6 @@
 """Flow matching (Movie Gen, section 3.1.2), the same for every backbone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,20 @@ def text_inputs(texts: list[dict[str, torch.Tensor]], device: str | torch.device
     return inputs
 
 
+def draw_flow_latents(
+    batch: dict[str, Any], generator: torch.Generator, device: str | torch.device, logit_mean: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents sampled from the posteriors of a batch, noise like them, and timesteps `(batch,)`, all in float32.
+
+    The arguments are those of `draw_flow_batch`.
+    """
+    mean, std = batch["mean"], batch["std"]
+    latents = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    timesteps = sample_timesteps(len(mean), generator, device=device, logit_mean=logit_mean)
+    return latents.to(device), noise.to(device), timesteps
+
+
 def draw_flow_batch(
     batch: dict[str, Any],
     unconditional: dict[str, torch.Tensor],
@@ -87,13 +102,10 @@ def draw_flow_batch(
         Latents sampled from the posteriors and noise, both `(batch, channels, frames, height, width)`, timesteps
         `(batch,)`, all in float32, and the text arguments of the backbone.
     """
-    mean, std = batch["mean"], batch["std"]
-    latents = mean + std * torch.randn(mean.shape, generator=generator)
-    noise = torch.randn(mean.shape, generator=generator)
-    timesteps = sample_timesteps(len(mean), generator, device=device, logit_mean=logit_mean)
-    dropped = torch.rand(len(mean), generator=generator) < prompt_dropout
+    flow_latents = draw_flow_latents(batch, generator, device, logit_mean)
+    dropped = torch.rand(len(batch["mean"]), generator=generator) < prompt_dropout
     texts = [unconditional if drop else text for drop, text in zip(dropped.tolist(), batch["text"], strict=True)]
-    return latents.to(device), noise.to(device), timesteps, text_inputs(texts, device)
+    return *flow_latents, text_inputs(texts, device)
 
 
 def flow_loss(
@@ -102,18 +114,24 @@ def flow_loss(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    text: dict[str, torch.Tensor | None],
+    conditions: dict[str, torch.Tensor | None],
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity, in diffusers' direction from data to noise; a scalar.
 
     Args:
         transformer: the backbone, wrapped or not.
         scheduler: a flow-matching scheduler with `scale_noise` and `get_velocity`.
-        latents, noise, timesteps, text: as `draw_flow_batch` returns them.
+        latents, noise, timesteps, conditions: as `draw_flow_batch` returns them; the conditions are further arguments
+            of the backbone.
     """
     noisy = scheduler.scale_noise(latents, timesteps, noise)
-    prediction = transformer(hidden_states=noisy, timestep=timesteps, **text, return_dict=False)[0]
+    prediction = transformer(hidden_states=noisy, timestep=timesteps, **conditions, return_dict=False)[0]
     return F.mse_loss(prediction.float(), scheduler.get_velocity(latents, noise))
+
+
+def text_conditions(batch: dict[str, Any], device: str | torch.device) -> dict[str, torch.Tensor | None]:
+    """The conditions of a batch of a [`LatentCache`] for a backbone that reads text alone."""
+    return text_inputs(batch["text"], device)
 
 
 @torch.no_grad()
@@ -124,6 +142,7 @@ def validation_flow_loss(
     accelerator: Accelerator,
     batch_size: int,
     num_times: int = 4,
+    conditions: Callable[[dict[str, Any], torch.device], dict[str, torch.Tensor | None]] = text_conditions,
 ) -> float:
     """The flow-matching loss on fixed samples at fixed times and noise, which tracks human judgement (section 3.3).
 
@@ -138,6 +157,7 @@ def validation_flow_loss(
         accelerator: shares them out among the processes and decides the precision.
         batch_size: samples a forward pass.
         num_times: flow times a sample.
+        conditions: makes the further arguments of the backbone of a batch.
     """
     by_bucket = {}
     for index, sample in enumerate(cache.samples):
@@ -157,7 +177,7 @@ def validation_flow_loss(
         place = start + accelerator.process_index
         indices = batches[min(place, len(batches) - 1)]
         batch = cache.collate([cache.read(index) for index in indices])
-        text = text_inputs(batch["text"], accelerator.device)
+        inputs = conditions(batch, accelerator.device)
         latents, noise = [], []
         for index, mean, std in zip(indices, batch["mean"], batch["std"], strict=True):
             generator = step_generator(0, index)
@@ -167,7 +187,7 @@ def validation_flow_loss(
         for time in times:
             timesteps = time.expand(len(indices)).to(accelerator.device)
             with accelerator.autocast():
-                loss = flow_loss(transformer, scheduler, latents, noise, timesteps, text)
+                loss = flow_loss(transformer, scheduler, latents, noise, timesteps, inputs)
             if place < len(batches):
                 total += torch.stack(
                     [loss.float() * len(indices), torch.ones_like(loss, dtype=torch.float) * len(indices)]

@@ -1,4 +1,4 @@
-"""What the frozen models of a pipeline make of pictures and films, computed once and read in every epoch.
+"""What the frozen models of a pipeline make of pictures, films and sounds, computed once and read in every epoch.
 
     cache = LatentCache(["caches/clips", "caches/pictures"])
     sampler = BucketSampler([sample.bucket for sample in cache.samples], batch_size=4)
@@ -6,7 +6,7 @@
 
 A cache is a folder that [`LatentCacheWriter`] made: shards with the mean and deviation of each sample's normalised
 latents and the text features of its captions, the text features of the empty prompt, and an index of it all, which is
-written last.
+written last. A sound comes with the features of its film's frames, one a latent; its bucket is its number of latents.
 """
 
 import hashlib
@@ -34,17 +34,21 @@ FORMAT = 1
 INDEX_FILE, FINGERPRINT_FILE, REPORT_FILE = "index.json", "fingerprint.json", "report.txt"
 UNCONDITIONAL_FILE = "unconditional.safetensors"
 
-FROZEN_COMPONENTS = (
-    "vae",
-    *(f"{name}{suffix}" for suffix in ("", "_2", "_3") for name in ("tokenizer", "text_encoder")),
-)
+FROZEN_COMPONENTS = {
+    "MovieGenPipeline": (
+        "vae",
+        *(f"{name}{suffix}" for suffix in ("", "_2", "_3") for name in ("tokenizer", "text_encoder")),
+    ),
+    "MovieGenAudioPipeline": ("vae", "tokenizer", "text_encoder", "image_processor", "image_encoder"),
+}
+"""What a cache is made with, by the class of the pipeline."""
 
 
 # --- Which models made it -----------------------------------------------------------------------------------------
 
 
-def find_pipeline(name_or_path: str | Path) -> Path:
-    """The folder of a pipeline; from the Hub all of it is downloaded but its transformer.
+def find_pipeline(name_or_path: str | Path, class_name: str = "MovieGenPipeline") -> Path:
+    """The folder of a pipeline of the class `class_name`; from the Hub all of it is downloaded but its transformer.
 
     Raises:
         OSError: if there is none, or it is of another class.
@@ -68,15 +72,19 @@ def find_pipeline(name_or_path: str | Path) -> Path:
     file = path / "model_index.json"
     if not file.is_file():
         raise OSError(f"--pipeline: '{path}' has no model_index.json; assemble_pipeline.py makes such a folder.")
-    index = _read_json(file)
-    found = index.get("_class_name") if isinstance(index, dict) else None
-    if found != "MovieGenPipeline":
-        raise OSError(f"--pipeline: '{path}' holds a {found}; pass a MovieGenPipeline.")
+    found = _pipeline_class(path)
+    if found != class_name:
+        raise OSError(f"--pipeline: '{path}' holds a {found}; pass a {class_name}.")
     return path
 
 
+def _pipeline_class(pipeline: Path) -> str | None:
+    index = _read_json(pipeline / "model_index.json")
+    return index.get("_class_name") if isinstance(index, dict) else None
+
+
 def models_fingerprint(pipeline: str | Path) -> dict[str, Any]:
-    """What tells the autoencoder, the text encoders and the tokenizers of a pipeline's folder from others.
+    """What tells the autoencoder and the encoders of a pipeline's folder from others.
 
     Configurations are compared as they are. All bytes of all weights enter a digest, tensor by tensor in the order of
     their names, so it does not matter how many files they are in. Of the autoencoder those of its decoder are left
@@ -87,11 +95,11 @@ def models_fingerprint(pipeline: str | Path) -> dict[str, Any]:
     """
     pipeline = Path(pipeline)
     fingerprint = {}
-    for name in FROZEN_COMPONENTS:
+    for name in FROZEN_COMPONENTS[_pipeline_class(pipeline)]:
         folder = pipeline / name
         if not folder.is_dir():
             raise OSError(f"--pipeline: '{pipeline}' has no {name}/, which a latent cache is made with.")
-        if name.startswith("tokenizer"):
+        if name.startswith(("tokenizer", "image_processor")):
             digest = hashlib.sha256()
             for file in sorted(path for path in folder.iterdir() if path.is_file()):
                 digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
@@ -224,7 +232,9 @@ class LatentCacheWriter:
             samples: each with "name", "bucket" (a [`Bucket`], in pixels), "captions" (list of texts), "mean" and "std"
                 of the normalised latents `(channels, frames, height, width)`, and "text": for each caption its
                 features `(tokens, channels)` by suffix of the encoder. They are stored in float16, a caption that
-                several samples share once.
+                several samples share once. Latents of a sound are `(channels, latents)`, its bucket is `(latents, 1,
+                1)`, and it has "video" `(latents, channels)`, the features of its film's frames, and "needs_text",
+                whether it is another sound than the film alone would have.
             skipped: what should have been here but could not be used: name, reason and detail.
 
         Raises:
@@ -233,8 +243,9 @@ class LatentCacheWriter:
         """
         tensors, entries, places = {}, [], {}
         for index, sample in enumerate(samples):
-            for key in ("mean", "std"):
-                tensors[f"{index}.{key}"] = _half(sample[key], sample["name"])
+            for key in ("mean", "std", "video"):
+                if key in sample:
+                    tensors[f"{index}.{key}"] = _half(sample[key], sample["name"])
             numbers = []
             for caption, features in zip(sample["captions"], sample["text"], strict=True):
                 # The frame rate, which is part of what the encoders read, is for videos only.
@@ -250,6 +261,7 @@ class LatentCacheWriter:
                     "bucket": list(sample["bucket"]),
                     "captions": sample["captions"],
                     "text": numbers,
+                    **({"needs_text": sample["needs_text"]} if "needs_text" in sample else {}),
                 }
             )
         metadata = {"content": json.dumps({"samples": entries, "skipped": skipped})}
@@ -327,12 +339,13 @@ class CachedSample:
 
     Attributes:
         name: of the file, with `#k` behind it if the film has several windows here.
-        bucket: frames, height and width in pixels.
+        bucket: frames, height and width in pixels; of a sound the number of latents, 1 and 1.
         captions: one or more.
-        frame_rate: frames a second; None for an image.
+        frame_rate: frames a second; None for an image. Of a sound latents a second.
         shard: file.
         place: number in the shard.
         text: numbers of the captions' features in the shard.
+        needs_text: whether it is a sound that its film alone does not tell.
     """
 
     name: str
@@ -342,6 +355,7 @@ class CachedSample:
     shard: Path
     place: int
     text: tuple[int, ...]
+    needs_text: bool = False
 
 
 class LatentCache(torch.utils.data.Dataset):
@@ -349,12 +363,14 @@ class LatentCache(torch.utils.data.Dataset):
 
     Args:
         folders: the caches. All must be of the same models.
+        script: what makes such caches, for messages.
 
     Attributes:
         samples (`list[CachedSample]`): in the order of the folders and their shards.
         fingerprint (`dict`): what the first cache depends on: "models" and the options and data it was made of.
         frame_rate (`float` or `None`): frames a second of most of the videos; None if there are only images.
         latent_channels (`int`): channels of the latents.
+        video_dim (`int` or `None`): channels of the features of the frames; None if the latents are not of sounds.
         text_dims (`dict[str, int]`): channels of the text features by suffix of the encoder: "", "_2", "_3".
         unconditional (`dict[str, torch.Tensor]`): text features `(tokens, channels)` of the empty prompt, float32.
 
@@ -366,25 +382,24 @@ class LatentCache(torch.utils.data.Dataset):
 
     max_open_shards = 64
 
-    def __init__(self, folders: str | Path | Sequence[str | Path]):
+    def __init__(self, folders: str | Path | Sequence[str | Path], script: str = "precompute.py"):
         folders = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
         if not folders:
-            raise ValueError("--data: pass one or more folders that precompute.py wrote.")
+            raise ValueError(f"--data: pass one or more folders that {script} wrote.")
         self.samples: list[CachedSample] = []
         self.fingerprint: dict[str, Any] = {}
         for folder in folders:
             if not (folder / FINGERPRINT_FILE).is_file():
-                raise OSError(f"--data: '{folder}' is no latent cache; precompute.py makes one.")
+                raise OSError(f"--data: '{folder}' is no latent cache; {script} makes one.")
             if not (folder / INDEX_FILE).is_file():
                 raise OSError(
-                    f"--data: the latent cache '{folder}' is not finished; run precompute.py with the same options "
-                    "again."
+                    f"--data: the latent cache '{folder}' is not finished; run {script} with the same options again."
                 )
             index = _read_json(folder / INDEX_FILE)
             if index["format"] != FORMAT:
                 raise ValueError(
                     f"--data: '{folder}' has format {index['format']} of latent caches, this version reads {FORMAT}; "
-                    "run precompute.py again."
+                    f"run {script} again."
                 )
             fingerprint = index["fingerprint"]
             self.fingerprint = self.fingerprint or fingerprint
@@ -406,6 +421,7 @@ class LatentCache(torch.utils.data.Dataset):
                             folder / shard["file"],
                             place,
                             tuple(sample["text"]),
+                            sample.get("needs_text", False),
                         )
                     )
         rates = Counter(sample.frame_rate for sample in self.samples if sample.frame_rate is not None)
@@ -416,6 +432,8 @@ class LatentCache(torch.utils.data.Dataset):
         }
         self.text_dims = {suffix: value.shape[1] for suffix, value in self.unconditional.items()}
         self._shards = {}
+        first = self._shard(self.samples[0].shard)
+        self.video_dim: int | None = first.get_slice("0.video").get_shape()[1] if "0.video" in first.keys() else None
         self.latent_channels: int = self.read(0)["mean"].shape[0]
 
     def check_models(self, pipeline: str | Path) -> None:
@@ -434,8 +452,8 @@ class LatentCache(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def latent_size(self, bucket: Bucket) -> tuple[int, int, int]:
-        """Frames, height and width of the latents of a bucket's samples."""
+    def latent_size(self, bucket: Bucket) -> tuple[int, ...]:
+        """Frames, height and width of the latents of a bucket's samples; of sounds their number."""
         first = next(index for index, sample in enumerate(self.samples) if sample.bucket == bucket)
         return tuple(self.read(first)["mean"].shape[1:])
 
@@ -460,7 +478,9 @@ class LatentCache(torch.utils.data.Dataset):
         Returns:
             A dictionary: "mean" and "std" of the normalised latents, `(latents - latents_mean) / latents_std`, both
             `(channels, frames, height, width)` in float32; "text", features `(tokens, channels)` in float32 by suffix
-            of the encoder, "", "_2" and "_3", of which the last may have no tokens; "caption" and "name".
+            of the encoder, "", "_2" and "_3", of which the last may have no tokens; "caption" and "name". Of a sound
+            latents are `(channels, latents)`, and there are "video", features `(latents, channels)` in float32, and
+            "needs_text".
 
         Raises:
             OSError: if the shard cannot be read.
@@ -469,19 +489,22 @@ class LatentCache(torch.utils.data.Dataset):
         choice = min(int(position * len(sample.captions)), len(sample.captions) - 1)
         shard = self._shard(sample.shard)
         try:
-            mean, std = (shard.get_tensor(f"{sample.place}.{key}").float() for key in ("mean", "std"))
+            latents = {key: shard.get_tensor(f"{sample.place}.{key}").float() for key in ("mean", "std")}
+            if self.video_dim is not None:
+                latents["video"] = shard.get_tensor(f"{sample.place}.video").float()
+                latents["needs_text"] = sample.needs_text
             text = {
                 suffix: shard.get_tensor(f"text.{sample.text[choice]}{suffix}").float()
                 for suffix in self.unconditional
             }
         except SafetensorError as error:
             raise OSError(f"'{sample.shard}' cannot be read: {error}") from error
-        return {"mean": mean, "std": std, "text": text, "caption": sample.captions[choice], "name": sample.name}
+        return {**latents, "text": text, "caption": sample.captions[choice], "name": sample.name}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.read(index)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Items of one bucket as a batch: "mean" and "std" stacked, lists of all else."""
+        """Items of one bucket as a batch: "mean", "std" and "video" stacked, lists of all else."""
         batch = {name: [item[name] for item in items] for name in items[0]}
-        return batch | {name: torch.stack(batch[name]) for name in ("mean", "std")}
+        return batch | {name: torch.stack(batch[name]) for name in ("mean", "std", "video") if name in batch}

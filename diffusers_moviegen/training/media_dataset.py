@@ -41,6 +41,9 @@ TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILM_EXTENSIONS = ("avi", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "webm")
 PICTURE_EXTENSIONS = ("bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp")
 
+# Which ones are sounds, where sounds are asked for.
+SOUND_EXTENSIONS = ("aac", "aif", "aiff", "flac", "m4a", "mp3", "ogg", "opus", "wav")
+
 # Up to the first dot of its last part, a name tells which sample a member of a shard belongs to.
 _MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 
@@ -78,6 +81,7 @@ class MediaReport:
     Attributes:
         source: the table or the shards.
         num_images, num_videos: samples used, of one frame and of more.
+        num_sounds: samples of whose sound alone is used.
         skipped: names of the skipped samples by reason, in the order met. A pattern of `exclude` that matches nothing
             has an empty list.
     """
@@ -85,6 +89,7 @@ class MediaReport:
     source: str
     num_images: int = 0
     num_videos: int = 0
+    num_sounds: int = 0
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     max_names = 20
@@ -103,11 +108,11 @@ class MediaReport:
         return sum(map(len, self.skipped.values()))
 
     def __str__(self) -> str:
-        used = self.num_images + self.num_videos
-        lines = [
-            f"{self.source}: {used} of {used + self.num_skipped} samples used "
-            f"({self.num_images} images, {self.num_videos} videos)"
-        ]
+        used = self.num_images + self.num_videos + self.num_sounds
+        kinds = f"{self.num_images} images, {self.num_videos} videos"
+        if self.num_sounds:
+            kinds = f"{self.num_sounds} sounds"
+        lines = [f"{self.source}: {used} of {used + self.num_skipped} samples used ({kinds})"]
         for reason, names in self.skipped.items():
             text = ", ".join(names[: self.max_names])
             more = f" and {len(names) - self.max_names} more" if len(names) > self.max_names else ""
@@ -602,6 +607,7 @@ def list_media(
     file_column: str = "file_name",
     caption_column: str = "caption",
     exclude: Sequence[str] = (),
+    extensions: Sequence[str] = FILM_EXTENSIONS + PICTURE_EXTENSIONS,
 ) -> tuple[list[MediaRow], MediaReport]:
     """What a table, or WebDataset shards on this machine, name, without looking at the pictures and films.
 
@@ -611,6 +617,7 @@ def list_media(
         file_column: column with the files' paths, relative to the table.
         caption_column: column with the captions, or their field of a sample's `.json` in a shard.
         exclude: glob patterns of names to leave out.
+        extensions: which members of a shard are media, the ones to be preferred first.
 
     Returns:
         The rows with a file and a caption, and a report of the others.
@@ -625,7 +632,7 @@ def list_media(
         path = _find_table(source)
         candidates = _table_rows(path, _load_table(path, (file_column, caption_column)), file_column, caption_column)
     else:
-        candidates = _archive_rows(archives, caption_column, report)
+        candidates = _archive_rows(archives, caption_column, extensions, report)
     return list(_usable_rows(candidates, exclude, report)), report
 
 
@@ -690,15 +697,18 @@ def _archive_members(archive: Path, report: MediaReport) -> Iterator[tuple[str, 
         report.add(str(archive), "damaged or truncated archive", str(error))
 
 
-def _archive_rows(archives: list[Path], caption_column: str, report: MediaReport) -> Iterator[MediaRow]:
-    """One row for each sample with a picture or film; the others are reported."""
+def _archive_rows(
+    archives: list[Path], caption_column: str, extensions: Sequence[str], report: MediaReport
+) -> Iterator[MediaRow]:
+    """One row for each sample with a medium; the others are reported."""
     numbers = itertools.count()
     for archive in archives:
         for key, group in itertools.groupby(_archive_members(archive, report), key=lambda member: member[0]):
             members = {extension: member for _, extension, member in group}
-            media = [name for name in FILM_EXTENSIONS + PICTURE_EXTENSIONS if name in members]
+            media = [name for name in extensions if name in members]
             if not media:
-                report.add(key, "no picture or film")
+                kinds = "no picture or film" if set(PICTURE_EXTENSIONS) <= set(extensions) else "no sound or film"
+                report.add(key, kinds)
                 continue
             name = f"{key}.{media[0]}"
             try:

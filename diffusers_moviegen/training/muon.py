@@ -52,7 +52,9 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
     ):
         layers = [module for module in model.modules() if isinstance(module, nn.Linear | _ConvNd)]
-        weights = {layer.weight for layer in layers}
+        # Under weight norm the matrix is the direction, with a length of its own for each row.
+        names = ("weight", "parametrizations.weight.original1")
+        weights = {weight for layer in layers for name, weight in layer.named_parameters() if name in names}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [parameter for parameter in trained if parameter in weights], "muon": True},

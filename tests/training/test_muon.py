@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from diffusers_moviegen.training import Muon
 from diffusers_moviegen.training.muon import orthogonalize
@@ -94,3 +95,42 @@ def test_a_restored_optimizer_goes_on():
     train(resumed, [second], range(3, 6))
     for expected, actual in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(expected, actual)
+
+
+def make_normed_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        weight_norm(nn.Conv2d(3, 8, 3)), weight_norm(nn.ConvTranspose2d(8, 4, 2)), weight_norm(nn.Linear(5, 2))
+    )
+
+
+def test_under_weight_norm_the_directions_are_the_matrices():
+    model = make_normed_model()
+    muon, adam = Muon(model, lr=0.1).param_groups
+    assert [tuple(weight.shape) for weight in muon["params"]] == [(8, 3, 3, 3), (8, 4, 2, 2), (2, 5)]
+    lengths = [(8,), (8, 1, 1, 1), (4,), (8, 1, 1, 1), (2,), (2, 1)]
+    assert [tuple(weight.shape) for weight in adam["params"]] == lengths
+    assert sum(len(group["params"]) for group in (muon, adam)) == len(list(model.parameters()))
+
+
+def test_updates_under_weight_norm_are_those_of_torch():
+    ours, theirs = make_normed_model(), make_normed_model()
+    train(ours, [Muon(ours, lr=0.02)], range(4))
+    directions = [weight for name, weight in theirs.named_parameters() if name.endswith("original1")]
+    others = [weight for name, weight in theirs.named_parameters() if not name.endswith("original1")]
+    matrices = [nn.Parameter(weight.detach().view(weight.shape[0], -1)) for weight in directions]
+    muon = torch.optim.Muon(matrices, lr=0.02, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=0.02, betas=(0.9, 0.99), weight_decay=0)
+    for step in range(4):
+        inputs = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        theirs(inputs).square().mean().backward()
+        for weight, matrix in zip(directions, matrices, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        for optimizer in (muon, adam):
+            optimizer.step()
+        theirs.zero_grad()
+    start = dict(make_normed_model().named_parameters())
+    expected = dict(theirs.named_parameters())
+    for name, mine in ours.named_parameters():
+        assert not torch.allclose(expected[name], start[name], atol=1e-3)
+        torch.testing.assert_close(mine, expected[name], atol=2e-4, rtol=0)

@@ -18,8 +18,16 @@ from diffusers_moviegen.training import parse_arguments
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "training_examples"
 
+RECORD = """#!/bin/sh
+for word in "$@"; do printf '%s\\n' "$word"; done >> "$RECORD"
+printf '\\n' >> "$RECORD"
+"""
+
 
 def load_script(name: str, folder: str = "training_examples") -> ModuleType:
+    # As Python itself does: a script may import what lies beside it.
+    if str(ROOT / folder) not in sys.path:
+        sys.path.append(str(ROOT / folder))
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
@@ -88,3 +96,14 @@ def run_without_av_and_datasets(name: str, folder: Path, num_processes: int = 1,
         text=True,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+
+
+def recorded_commands(name: str, folder: Path) -> list[list[str]]:
+    """What the shell script `name` would start, as a list of words each, from the script's name on."""
+    for program in ("python", "torchrun"):
+        (folder / program).write_text(RECORD)
+        (folder / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "RECORD": str(folder / "record")}
+    subprocess.run(["bash", EXAMPLES / name, "media"], cwd=ROOT, env=environment, check=True)
+    recorded = [part.split("\n") for part in (folder / "record").read_text().strip().split("\n\n")]
+    return [words[words.index("2") + 1 if words[0] == "--nproc_per_node" else 0 :] for words in recorded]

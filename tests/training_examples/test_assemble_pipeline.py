@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel
 
-from diffusers_moviegen import MovieGenPipeline
+from diffusers_moviegen import MovieGenAudioPipeline, MovieGenPipeline
 from diffusers_moviegen.training import models_fingerprint, run_script
-from tests.tiny import tiny_tokenizer_2
+from tests.tiny import tiny_audio_pipeline, tiny_audio_vae, tiny_tokenizer_2
 from tests.training_examples.scripts import command_line, load_script, run
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_refused(pipeline_folder, singles, tmp_path, capsys
     assert "--text_encoders and --text_encoder_2: pass the" in refuse(
         text_encoders=pipeline_folder, text_encoder_2=singles["text_encoder_2"]
     )
-    assert "--text_encoder is missing: pass all three text encoders, or --text_encoders" in refuse()
+    assert "--text_encoder is missing: pass every text encoder, or --text_encoders" in refuse()
     two = {name: folder for name, folder in singles.items() if name != "text_encoder_3"}
     assert "--text_encoder_3 is missing: " in refuse(**two)
     assert "' has no text_encoder/; pass the folder that train_text_encoders.py wrote" in refuse(
@@ -141,3 +141,125 @@ def test_what_does_not_fit_is_refused(pipeline_folder, singles, tmp_path, capsys
     output_dir.mkdir()
     with pytest.raises(OSError, match="--output_dir: '.*out' is there already; pass a new folder"):
         run(script, output_dir=output_dir, vae=vae, text_encoders=pipeline_folder)
+
+
+# --- Sound ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def audio_folder(tmp_path_factory):
+    """Folder of a tiny pipeline of sound. Tests that change files copy it first."""
+    folder = tmp_path_factory.mktemp("audio")
+    tiny_audio_pipeline().save_pretrained(folder)
+    return folder
+
+
+def audio_options(folder):
+    return {"kind": "audio", "vae": folder / "vae", "text_encoders": folder, "image_encoder": folder}
+
+
+def test_sound(audio_folder, tmp_path, capsys):
+    run(script, output_dir=tmp_path / "out", **audio_options(audio_folder))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["vae", "text_encoder", "image_encoder"]
+    assert not (tmp_path / "out/transformer").exists()
+    config = json.loads((tmp_path / "out/model_index.json").read_text())
+    assert config["default_control_prefix"] is None and config["segment_length_in_s"] == 10.0
+    # Byte by byte, and no folder that it came from.
+    for name in (
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "image_processor/preprocessor_config.json",
+    ):
+        assert (tmp_path / "out" / name).read_bytes() == (audio_folder / name).read_bytes()
+    assert str(audio_folder) not in (tmp_path / "out/vae/config.json").read_text()
+
+    options = {"transformer": audio_folder / "transformer", "segment_length_in_s": 0.8}
+    options |= {"default_control_prefix": "Quality: 9. Music: no. "}
+    run(script, output_dir=tmp_path / "whole", **audio_options(audio_folder), **options)
+    made = MovieGenAudioPipeline.from_pretrained(tmp_path / "whole")
+    made.set_progress_bar_config(disable=True)
+    # Longer than a segment, with all conditions: whatever differed would be heard.
+    video = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    inputs = {"prompt": "a bell knocks", "video": video, "video_frame_rate": 8, "num_inference_steps": 2}
+    sounds = [
+        pipe(**inputs, generator=torch.Generator().manual_seed(0), output_type="pt").audios
+        for pipe in (made, tiny_audio_pipeline())
+    ]
+    assert sounds[0].shape == (1, 1, 200)
+    torch.testing.assert_close(*sounds)
+
+
+def test_squeezed_images_show_the_floor_of_an_upright_film(audio_folder, tmp_path):
+    film = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0))
+    without_floor = film.clone()
+    without_floor[:, :, -8:] = 0
+    for squeeze in (False, True):
+        options = {"squeeze_images": True} if squeeze else {}
+        run(script, output_dir=tmp_path / f"{squeeze}", **audio_options(audio_folder), **options)
+        pipe = MovieGenAudioPipeline.from_pretrained(tmp_path / f"{squeeze}", transformer=None)
+        embeds = [pipe.encode_video(video) for video in (film, without_floor)]
+        assert torch.equal(*embeds) == (not squeeze)
+
+
+def test_sound_from_single_models(audio_folder, tmp_path):
+    pipe = tiny_audio_pipeline()
+    for name, parts in {"t5": ("text_encoder", "tokenizer"), "clip": ("image_encoder", "image_processor")}.items():
+        for part in parts:
+            getattr(pipe, part).save_pretrained(tmp_path / name)
+    options = {"vae": audio_folder / "vae", "text_encoder": tmp_path / "t5", "image_encoder": tmp_path / "clip"}
+    run(script, kind="audio", output_dir=tmp_path / "out", **options)
+    made = MovieGenAudioPipeline.from_pretrained(tmp_path / "out", transformer=None)
+    video = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.encode_video(video), pipe.encode_video(video))
+    ours, expected = (
+        p.encode_prompt("Quality: 9. Music: no. rain", dtype=torch.float32)["prompt_embeds"] for p in (made, pipe)
+    )
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_codec_is_never_stored_in_bfloat16(audio_folder, tmp_path, dtype):
+    run(script, output_dir=tmp_path / "out", dtype=dtype, **audio_options(audio_folder))
+    wanted = {"vae/diffusion_pytorch_model": torch.float16}
+    wanted |= dict.fromkeys(("text_encoder/model", "image_encoder/model"), getattr(torch, dtype))
+    for name, stored in wanted.items():
+        made, exact = (load_file(folder / f"{name}.safetensors") for folder in (tmp_path / "out", audio_folder))
+        assert made.keys() == exact.keys()
+        assert all(torch.equal(made[key], exact[key].to(stored)) for key in exact)
+    # What is rounded stays so when it is put together once more.
+    run(script, output_dir=tmp_path / "again", **audio_options(tmp_path / "out"))
+    for name in ("vae/diffusion_pytorch_model", "image_encoder/model"):
+        made, exact = (tmp_path / folder / f"{name}.safetensors" for folder in ("again", "out"))
+        assert made.read_bytes() == exact.read_bytes()
+
+
+def test_what_does_not_fit_sound_is_refused(audio_folder, pipeline_folder, tmp_path, capsys):
+    output_dir = tmp_path / "out"
+
+    def refuse(**arguments):
+        arguments = {"output_dir": output_dir, **audio_options(audio_folder), **arguments}
+        line = command_line({name: value for name, value in arguments.items() if value is not None})
+        with pytest.raises(SystemExit) as exit_code:
+            run_script(script.main, script.Arguments, line)
+        assert exit_code.value.code == 2 and not output_dir.exists()
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+    assert refuse(image_encoder=None).startswith("--image_encoder is missing")
+    assert refuse(text_encoders=None).startswith("--text_encoder is missing")
+    assert refuse(text_encoder_2="clip") == "--text_encoder_2 does nothing with --kind audio: leave it out."
+    assert refuse(kind="video").startswith("--image_encoder does nothing with --kind video")
+    assert refuse(kind="video", image_encoder=None, default_control_prefix="Music: no. ").startswith(
+        "--default_control_prefix does nothing"
+    )
+    assert refuse(segment_length_in_s=0).startswith("--segment_length_in_s is 0.0")
+    assert "holds a AutoencoderKLMovieGen; pass the folder of a AutoencoderDACVAE" in refuse(
+        vae=pipeline_folder / "vae"
+    )
+    assert refuse(transformer=audio_folder / "vae").startswith("--transformer: ")
+    assert refuse(image_encoder=tmp_path).startswith("--image_encoder: no CLIPVisionModelWithProjection could be")
+    tiny_audio_vae().to(torch.bfloat16).save_pretrained(tmp_path / "vae")
+    assert "has weights in bfloat16, which costs 10 dB; pass float16 or float32" in refuse(vae=tmp_path / "vae")
+    config = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(config | {"latents_std": None}))
+    assert "pass an autoencoder that train_dac_vae.py measured them for" in refuse(vae=tmp_path / "vae")
