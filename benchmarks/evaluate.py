@@ -1,13 +1,15 @@
 """Measures a checkpoint on prompts of Toybox, judged by the world's own judges, and prints a table.
 
     python benchmarks/evaluate.py --task video
+    python benchmarks/evaluate.py --task audio
     python benchmarks/evaluate.py --task sampling
     python benchmarks/evaluate.py --task guidance
 
 `video` measures what a checkpoint can do, on held-out tuples: all of `ROWS`, or those that `--rows` names. Where it
-cannot do something at all, such as pictures larger than it has positions for, the table says so. `sampling` compares
-schedules and numbers of steps on the prompts of `core_64`, `guidance` guidance scales on prompts of the training
-tuples, because it is for choosing one.
+cannot do something at all, such as pictures larger than it has positions for, the table says so. `audio` measures a
+checkpoint of sound in the same way, with the rows of evaluate_audio.py. `sampling` compares schedules and numbers of
+steps on the prompts of `core_64`, `guidance` guidance scales on prompts of the training tuples, because it is for
+choosing one.
 
 Everything is decided by the seed: the tuples, drawn with replacement, and the noise of every prompt, which has the
 seed plus the prompt's number for its own. Intervals of 95 % are bootstrapped over tuples, those of films over films.
@@ -21,19 +23,22 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from evaluate_audio import AUDIO_ROWS
+from figures import Figure, NotMeasured, Result, count_right, find_films, format_figure
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
-from diffusers_moviegen import MovieGenPipeline, bundled_checkpoint
+from diffusers_moviegen import MovieGenAudioPipeline, MovieGenPipeline, bundled_checkpoint
 from diffusers_moviegen.toybox.captions import add_camera, add_written_word, core_caption, phrase, two_object_caption
 from diffusers_moviegen.toybox.judges import Sight, compare, compare_objects, see
+from diffusers_moviegen.toybox.previews import sheet
 from diffusers_moviegen.toybox.scenes import TRAVEL, draw_scenes, render, sample_tuple_pairs, sample_tuples
+from diffusers_moviegen.toybox.sounds import SAMPLING_RATE
 from diffusers_moviegen.toybox.vocabulary import CAMERAS, MOTIONS, TEXT_MOTIONS
 from diffusers_moviegen.training import (
     MediaError,
@@ -43,21 +48,29 @@ from diffusers_moviegen.training import (
     run_script,
     save_sample_sheet,
 )
-from diffusers_moviegen.training.media_dataset import FILM_EXTENSIONS
 
 
 @dataclass
 class Arguments:
-    task: str = field(default="video", metadata={"choices": ["video", "sampling", "guidance"]})
-    model: str = field(default_factory=lambda: bundled_checkpoint("toybox"), metadata={"help": "pipeline folder"})
-    rows: list[str] = field(default_factory=list, metadata={"help": "which rows of `video` to measure; default: all"})
+    task: str = field(default="video", metadata={"choices": ["video", "audio", "sampling", "guidance"]})
+    model: str | None = field(
+        default=None, metadata={"help": "pipeline folder; default: the bundled checkpoint of films or of sound"}
+    )
+    rows: list[str] = field(
+        default_factory=list, metadata={"help": "which rows of `video` or `audio` to measure; default: all"}
+    )
     num_prompts: int | None = field(
         default=None,
-        metadata={"help": "of the rows with 256, the others in proportion; 64 for `sampling` and `guidance`"},
+        metadata={
+            "help": "of the largest rows, which have 256 for `video` and 64 for `audio`, the others in proportion; 64 "
+            "for `sampling` and `guidance`"
+        },
     )
-    batch_size: int = field(default=16, metadata={"help": "clips of 64 px and 16 frames at a time, fewer if larger"})
+    batch_size: int = field(
+        default=16, metadata={"help": "clips of 64 px and 16 frames at a time, fewer if larger; or sounds"}
+    )
     num_inference_steps: int | None = field(
-        default=None, metadata={"help": "of `video` and `guidance`; default: the checkpoint's"}
+        default=None, metadata={"help": "of `video`, `audio` and `guidance`; default: the checkpoint's"}
     )
     guidance_scale: float | None = field(default=None, metadata={"help": "default: the checkpoint's"})
     step_counts: list[int] = field(
@@ -66,14 +79,21 @@ class Arguments:
     guidance_scales: list[float] = field(
         default_factory=lambda: [1.5, 2, 3, 4, 5, 7.5], metadata={"help": "what `guidance` compares"}
     )
-    media: str | None = field(default=None, metadata={"help": "folder of films for the row tae_media"})
+    media: str | None = field(default=None, metadata={"help": "folder of films for the rows tae_media, dac_media"})
     media_pattern: str = field(default="*", metadata={"help": "which of its films to take"})
     seed: int = 0
     device: str = "cpu"
-    sheet: str | None = field(default=None, metadata={"help": "PNG for a contact sheet of the first clips of core_64"})
+    sheet: str | None = field(
+        default=None,
+        metadata={
+            "help": "PNG for a contact sheet of the first clips of core_64, or of strikes and voices with sound"
+        },
+    )
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures"})
 
     def __post_init__(self):
+        if self.model is None:
+            self.model = bundled_checkpoint("toybox-audio" if self.task == "audio" else "toybox")
         check_positive(self, ("batch_size",))
         for name in ("num_prompts", "num_inference_steps"):
             if getattr(self, name) is not None:
@@ -86,90 +106,22 @@ class Arguments:
             raise ValueError(f"--guidance_scales is {self.guidance_scales}: pass numbers such as 2 3 5.")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ValueError(f"--guidance_scale is {self.guidance_scale}: it must be finite.")
-        for name in self.rows:
-            if name not in ROWS:
-                raise ValueError(f"--rows: there is no row '{name}'; choose from {', '.join(ROWS)}.")
         for name in ("rows", "media", "sheet"):
-            if getattr(self, name) and self.task != "video":
+            if getattr(self, name) and self.task not in TASK_ROWS:
                 raise ValueError(f"--{name} does nothing with --task {self.task}: leave it out.")
+        for name in self.rows:
+            if name not in TASK_ROWS[self.task]:
+                known = ", ".join(TASK_ROWS[self.task])
+                raise ValueError(f"--rows: there is no row '{name}'; choose from {known}.")
         if self.guidance_scale is not None and self.task == "guidance":
             raise ValueError("--guidance_scale does nothing with --task guidance: pass --guidance_scales.")
         if self.num_inference_steps is not None and self.task == "sampling":
             raise ValueError("--num_inference_steps does nothing with --task sampling: pass --step_counts.")
-        if self.sheet is not None and "core_64" not in (self.rows or ROWS):
-            raise ValueError("--sheet shows clips of core_64, which is not among --rows: add it.")
+        if self.sheet is not None and self.rows and not set(SHEET_ROWS[self.task]) & set(self.rows):
+            names = " or ".join(SHEET_ROWS[self.task])
+            raise ValueError(f"--sheet shows clips of {names}, which is not among --rows: add it.")
         if self.media is not None:
             find_films(self.media, self.media_pattern)
-
-
-# --- Figures ----------------------------------------------------------------------------------------------------
-
-
-class NotMeasured(Exception):
-    """Why a row cannot be measured, in one line."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean of `values`, with an interval over their `groups`. Those in percent are 0 or 1 each.
-
-    `in_table` tells what the row is about from what is only noted below the table.
-    """
-
-    name: str
-    values: list[float]
-    groups: list
-    unit: str = "%"
-    in_table: bool = True
-
-    def summary(self, seed: int) -> dict[str, Any]:
-        """Value and ends of the interval, which are None if there is a single group, and the unit."""
-        scale = 100 if self.unit == "%" else 1
-        value, low, high = (scale * number for number in interval(self.values, self.groups, seed))
-        if len(set(self.groups)) == 1:
-            low = high = None
-        return {"value": value, "low": low, "high": high, "unit": self.unit}
-
-
-@dataclass
-class Result:
-    """What was measured in a row: figures and notes on `count` samples, and the seconds that a clip took."""
-
-    figures: list[Figure]
-    notes: list[str]
-    count: int
-    seconds: float
-    clips: list[torch.Tensor] = field(default_factory=list)
-
-
-def interval(values: list[float], groups: list, seed: int, resamples: int = 2000) -> tuple[float, float, float]:
-    """Mean and its 95 % interval, bootstrapped over groups: clips of one tuple succeed and fail together."""
-    sums, counts = defaultdict(float), defaultdict(int)
-    for value, group in zip(values, groups, strict=True):
-        sums[group] += float(value)
-        counts[group] += 1
-    total, count = torch.tensor(list(sums.values())), torch.tensor([float(counts[group]) for group in sums])
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(total), (resamples, len(total)), generator=generator)
-    means = total[chosen].sum(1) / count[chosen].sum(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975])).tolist()
-    return (total.sum() / count.sum()).item(), low, high
-
-
-def format_figure(summary: dict[str, Any]) -> tuple[str, str]:
-    """Value and interval as the tables have them."""
-    digits = {"%": 1, "dB": 1, "": 3}[summary["unit"]]
-    value = f"{summary['value']:.{digits}f} {summary['unit']}".strip()
-    if summary["low"] is None:
-        return value, ""
-    return value, f"{summary['low']:.{digits}f} to {summary['high']:.{digits}f}"
-
-
-def count_right(words: list, right: list[bool]) -> str:
-    """`circle 3 of 4, ring 2 of 2`: how many were right of each word asked for."""
-    asked = Counter(words)
-    found = Counter(word for word, is_right in zip(words, right, strict=True) if is_right)
-    return ", ".join(f"{word} {found[word]} of {asked[word]}" for word in sorted(asked))
 
 
 # --- What is asked for ------------------------------------------------------------------------------------------
@@ -480,22 +432,6 @@ class ReconstructionRow:
         return Result([*figures, *peak_figures(peaks, tuples)], notes, count, seconds)
 
 
-def find_films(folder: str, pattern: str) -> list[Path]:
-    """The films of a folder whose names match, in the order of their names.
-
-    Raises:
-        OSError: if there is no such folder.
-        ValueError: if it has no such film.
-    """
-    if not Path(folder).is_dir():
-        raise OSError(f"--media: there is no folder '{folder}'.")
-    films = [path for path in sorted(Path(folder).iterdir()) if path.suffix.lower().lstrip(".") in FILM_EXTENSIONS]
-    films = [path for path in films if fnmatchcase(path.name, pattern)]
-    if not films:
-        raise ValueError(f"--media: '{folder}' has no film whose name matches --media_pattern '{pattern}'.")
-    return films
-
-
 @dataclass(frozen=True)
 class FilmRow:
     """What the autoencoder leaves of films: every window of 16 frames at 8 frames a second, one after the other."""
@@ -552,20 +488,26 @@ ROWS = {
 }
 """What `--task video` measures, in this order."""
 
+TASK_ROWS = {"video": ROWS, "audio": AUDIO_ROWS}
+
+SHEET_ROWS = {"video": ("core_64",), "audio": ("strikes", "voices")}
+"""Rows whose clips `--sheet` shows."""
+
 
 # --- Tasks ------------------------------------------------------------------------------------------------------
 
 
-def measure_rows(args: Arguments, pipe: MovieGenPipeline) -> dict[str, Any]:
-    """The table of `--task video`, printed while it is measured."""
-    results, notes = {}, []
+def measure_rows(args: Arguments, pipe: MovieGenPipeline | MovieGenAudioPipeline) -> dict[str, Any]:
+    """The table of `--task video` or `audio`, printed while it is measured."""
+    rows, results, notes, shown = TASK_ROWS[args.task], {}, [], []
+    largest = max(row.count or 0 for row in rows.values())
     print("| figure | samples | value | 95 % interval |\n| --- | --- | --- | --- |", flush=True)
-    for name in dict.fromkeys(args.rows or ROWS):
-        row = ROWS[name]
-        # `--num_prompts` is for the rows of 256.
+    for name in dict.fromkeys(args.rows or rows):
+        row = rows[name]
+        # `--num_prompts` is for the largest rows.
         count = row.count
         if count is not None and args.num_prompts is not None:
-            count = math.ceil(count * args.num_prompts / 256)
+            count = math.ceil(count * args.num_prompts / largest)
         try:
             result = row.measure(args, pipe, count)
         except NotMeasured as reason:
@@ -593,6 +535,10 @@ def measure_rows(args: Arguments, pipe: MovieGenPipeline) -> dict[str, Any]:
             save_sample_sheet(torch.stack(result.clips[:16]).float() / 127.5 - 1, args.sheet)
             for sample in row.draw(count, args.seed)[:16]:
                 notes.append(f"seed {args.seed + sample.index}: {sample.prompt}")
+        if args.task == "audio" and args.sheet is not None and result.clips:
+            shown += result.clips
+            Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
+            sheet(shown).save(args.sheet)
     print("\n" + "\n".join(notes))
     return {"rows": results}
 
@@ -639,8 +585,12 @@ def compare_guidance(args: Arguments, pipe: MovieGenPipeline) -> dict[str, Any]:
 def main(args: Arguments) -> None:
     if args.output is not None:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    pipe = MovieGenPipeline.from_pretrained(args.model).to(args.device)
+    pipeline_class = MovieGenAudioPipeline if args.task == "audio" else MovieGenPipeline
+    pipe = pipeline_class.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(disable=True)
+    if args.task == "audio" and pipe.vae.config.sampling_rate != SAMPLING_RATE:
+        rate = pipe.vae.config.sampling_rate
+        raise ValueError(f"--model: its sounds have {rate} samples a second, those of Toybox {SAMPLING_RATE}.")
     guidance_scale = pipe.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
     steps = pipe.config.default_num_inference_steps if args.num_inference_steps is None else args.num_inference_steps
     chosen = {"seed": args.seed, "steps": steps, "guidance": guidance_scale}
@@ -652,8 +602,8 @@ def main(args: Arguments) -> None:
         f"{'training' if args.task == 'guidance' else 'held-out'} tuples, "
         f"{', '.join(f'{name} {value:g}' for name, value in chosen.items())}\n"
     )
-    task = {"video": measure_rows, "sampling": compare_schedules, "guidance": compare_guidance}[args.task]
-    report = {"task": args.task, **chosen, **task(args, pipe)}
+    comparisons = {"sampling": compare_schedules, "guidance": compare_guidance}
+    report = {"task": args.task, **chosen, **comparisons.get(args.task, measure_rows)(args, pipe)}
     if args.output is not None:
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

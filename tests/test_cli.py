@@ -283,7 +283,7 @@ def test_interruption_leaves_the_old_file(model, work, capsys, monkeypatch):
 
 
 def test_the_default_model_is_the_bundled_one(model, work, monkeypatch):
-    monkeypatch.setattr(cli, "bundled_checkpoint", lambda: model)
+    monkeypatch.setattr(cli, "bundled_checkpoint", {"toybox": model}.get)
     assert main(["generate", PROMPT, "--steps", "2", "-o", "bundled.png"]) == 0
     assert generate(model, "-o", "named.png") == 0
     assert (work / "bundled.png").read_bytes() == (work / "named.png").read_bytes()

@@ -82,38 +82,6 @@ def measure(row: str, count: int, change=lambda asked: asked, **options):
     return {figure.name: figure.summary(0)["value"] for figure in result.figures}, result.notes
 
 
-# --- Intervals --------------------------------------------------------------------------------------------------
-
-
-def test_interval_of_independent_values_is_that_of_the_binomial():
-    values = [i % 4 == 0 for i in range(400)]
-    mean, low, high = SCRIPT.interval(values, list(range(400)), seed=0)
-    assert mean == 0.25
-    # 1.96 standard errors of sqrt(0.25 * 0.75 / 400) = 0.0217
-    assert low == pytest.approx(0.25 - 0.0424, abs=0.006) and high == pytest.approx(0.25 + 0.0424, abs=0.006)
-
-
-def test_interval_counts_a_repeated_prompt_as_one():
-    values, groups = [i % 4 == 0 for i in range(100)] * 4, list(range(100)) * 4
-    mean, low, high = SCRIPT.interval(values, groups, seed=0)
-    assert mean == 0.25 and high - low == pytest.approx(2 * 1.96 * (0.25 * 0.75 / 100) ** 0.5, rel=0.15)
-
-
-def test_interval_is_that_of_another_bootstrap():
-    """Groups of different sizes are drawn whole, and every value counts the same."""
-    rng = np.random.default_rng(0)
-    groups = np.sort(rng.integers(0, 40, 200))
-    values = rng.normal(groups % 3, 0.5)
-    members = [values[groups == group] for group in np.unique(groups)]
-    means = [
-        np.concatenate([members[i] for i in rng.integers(0, len(members), len(members))]).mean() for _ in range(4000)
-    ]
-    mean, low, high = SCRIPT.interval(values.tolist(), groups.tolist(), seed=0)
-    assert mean == pytest.approx(values.mean(), abs=1e-6)
-    assert [low, high] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.04)
-    assert high - low > 0.4
-
-
 # --- Rows of prompts --------------------------------------------------------------------------------------------
 
 
