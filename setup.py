@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "diffusers_moviegen/__ini
 setup(
     name="diffusers_moviegen",
     version=VERSION,
-    description="Movie Gen for diffusers: films and pictures from text",
+    description="Movie Gen for diffusers: films and pictures from text, and sound for them",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",

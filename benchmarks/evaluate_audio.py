@@ -1,7 +1,7 @@
 """The rows of `evaluate.py --task audio`: sounds made to films and to captions, heard by Toybox's judge of sound.
 
 Sounds last two seconds, those of the long rows twenty. Films and captions are of the tuples held out in sound, in
-turn, with any colour; films have 64 pixels and 8 frames a second, and nothing but what is seen says what is to be
+turn, with any colour, but for tones and noises, which are of all tuples; films have 64 pixels and 8 frames a second, and nothing but what is seen says what is to be
 heard. Captions are those that no training tuple has, after the prefix of a clean sound. Intervals are over sounds:
 with so few tuples held out, they do not speak of others.
 """
@@ -552,9 +552,9 @@ class AudioRow:
 
 
 AUDIO_ROWS = {
-    "dac_tones": AudioRow("DAC-VAE, voices with a pitch", 64, measure_tones),
+    "dac_tones": AudioRow("DAC-VAE, voices with a pitch, all tuples", 64, measure_tones),
     "dac_sounds": AudioRow("DAC-VAE, all sounds", 64, measure_sounds),
-    "dac_noises": AudioRow("DAC-VAE, noises", 64, measure_noises),
+    "dac_noises": AudioRow("DAC-VAE, noises, all tuples", 64, measure_noises),
     "dac_media": AudioRow("DAC-VAE, real films", None, measure_media),
     "strikes": AudioRow("video to audio, bouncing", 64, measure_strikes),
     "voices": AudioRow("video to audio", 64, measure_voices),

@@ -293,10 +293,13 @@ def _write_float_wav(audio: np.ndarray, file: io.BytesIO, sampling_rate: int):
     # Otherwise the library signs the file with its version.
     with av.open(file, "w", format="wav", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("pcm_f32le", rate=sampling_rate, layout=layout)
-        samples = np.ascontiguousarray(audio.T, dtype=np.float32).reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
-        frame.pts, frame.sample_rate, frame.time_base = 0, sampling_rate, Fraction(1, sampling_rate)
-        container.mux(stream.encode(frame))
+        # A second at a time, because a frame holds less than 2 GiB.
+        for start in range(0, audio.shape[1], sampling_rate):
+            part = audio[:, start : start + sampling_rate]
+            samples = np.ascontiguousarray(part.T, dtype=np.float32).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(samples, format="flt", layout=layout)
+            frame.pts, frame.sample_rate, frame.time_base = start, sampling_rate, Fraction(1, sampling_rate)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 

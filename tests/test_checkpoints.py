@@ -1,6 +1,7 @@
 """What the package promises of the checkpoint it ships."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from diffusers_moviegen import MovieGenPipeline, bundled_checkpoint
+from diffusers_moviegen import MovieGenAudioPipeline, MovieGenPipeline, bundled_checkpoint
 from diffusers_moviegen.toybox.captions import core_caption
-from diffusers_moviegen.toybox.judges import compare, see
+from diffusers_moviegen.toybox.judges import compare, listen, see
 from diffusers_moviegen.toybox.scenes import draw_scenes, render, sample_tuples
 from tests.training_examples.scripts import load_script
 
@@ -128,3 +129,68 @@ def test_its_autoencoder_joins_tiles_without_a_jump(toybox):
     elsewhere[borders] = False
     assert (jumps[:, borders].amax(1) <= jumps[:, elsewhere].amax(1)).all()
     assert 10 * torch.log10(4 / (decoded - video).square().mean()) > 24
+
+
+# --- Sound ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def audio_folder():
+    return Path(bundled_checkpoint("toybox-audio"))
+
+
+@pytest.fixture(scope="module")
+def toybox_audio(audio_folder, tmp_path_factory):
+    """Loaded from a copy, so that nothing beside the folder can be part of it."""
+    copy = tmp_path_factory.mktemp("bundle") / "audio"
+    shutil.copytree(audio_folder, copy)
+    pipeline = MovieGenAudioPipeline.from_pretrained(copy)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_sound_is_small_enough_for_a_repository(audio_folder):
+    sizes = {path: path.stat().st_size for path in audio_folder.rglob("*") if path.is_file()}
+    assert {path.suffix for path in sizes} <= {".safetensors", ".json", ".md"}
+    assert sum(sizes.values()) <= 8_000_000
+    for file in audio_folder.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            dtypes = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        # bfloat16 costs the autoencoder 10 dB.
+        assert dtypes == ({"F16"} if file.parent.name == "vae" else {"BF16"}), file
+
+
+def test_sound_has_its_own_copy_of_the_text_encoder_and_an_image_encoder_of_its_own(folder, audio_folder):
+    for name in ("text_encoder/model.safetensors", "tokenizer/tokenizer.json"):
+        assert (audio_folder / name).read_bytes() == (folder / name).read_bytes()
+    name = "image_encoder/model.safetensors"
+    assert (audio_folder / name).read_bytes() != (folder / name).read_bytes()
+    processor = json.loads((audio_folder / "image_processor/preprocessor_config.json").read_text())
+    assert processor["size"] == {"height": 64, "width": 64} and not processor["do_center_crop"]
+
+
+def test_the_model_card_of_sound_has_the_commands(audio_folder):
+    card = (audio_folder / "README.md").read_text(encoding="utf-8")
+    for command in ("bash training_examples/train_toybox_audio.sh MEDIA", "benchmarks/evaluate.py --task audio"):
+        assert command in card
+    for file in audio_folder.glob("*/config.json"):
+        assert not json.loads(file.read_text()).get("_name_or_path"), file
+
+
+def test_all_checkpoints_together_leave_room(folder):
+    assert sum(path.stat().st_size for path in folder.parent.rglob("*") if path.is_file()) < 46_000_000
+
+
+def test_sound_says_what_its_prompt_says(toybox_audio):
+    """A coarse check that the weights belong to the code; benchmarks/evaluate.py has the figures."""
+    prompts = ["a buzzer glides up", "a flute warbles", "a bell glides down", "a chime knocks"]
+    audios = toybox_audio(
+        prompts,
+        audio_length_in_s=2,
+        num_inference_steps=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).audios
+    assert audios.shape == (4, 1, 96000)
+    heard = [hearing.voice for hearing in listen(audios)]
+    assert sum(voice == prompt.split()[1] for voice, prompt in zip(heard, prompts, strict=True)) >= 2

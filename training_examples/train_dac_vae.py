@@ -10,8 +10,10 @@ begins as a transform codec, see `initialize_transform_codec`.
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -73,8 +75,6 @@ logger = logging.get_logger(__name__)
 # What the random numbers of a step are for, see `step_generator`.
 SOUNDS, POSTERIOR, STATISTICS, VALIDATION, INITIALIZATION = range(5)
 
-BACKGROUND_NAMES = list(BACKGROUNDS)
-
 TONES = tuple(shape for shape in SHAPES if shape != "star")
 """Shapes whose voices have a pitch."""
 
@@ -99,6 +99,12 @@ class Arguments:
     background_weights: list[str] = field(
         default_factory=list,
         metadata={"help": "how likely Toybox's backgrounds are, such as brown=4 for crickets; 1 for the others"},
+    )
+    shape_weights: list[str] = field(
+        default_factory=list, metadata={"help": "the same of its shapes, such as star=4 for shakers"}
+    )
+    motion_weights: list[str] = field(
+        default_factory=list, metadata={"help": "the same of its motions, such as bounces=2 for knocks"}
     )
     exclude: list[str] = field(default_factory=list, metadata={"help": "patterns of names to leave out of --data"})
     file_column: str = "file_name"
@@ -153,16 +159,17 @@ class Arguments:
         check_positive(self, ("train_batch_size", "segment_latents", "statistics_batches", "num_validation_samples"))
         check_positive(self, ("latent_channels", "encoder_hidden_size", "decoder_hidden_size"))
         check_positive(self, ("discriminator_channels",))
-        self.parse_background_weights()
+        self.drawing_weights()
         if self.data is None and not self.toybox:
             raise ValueError("pass --data, what to train on, or --toybox, or both.")
         if self.data is None and self.exclude:
             raise ValueError("--exclude is for --data: leave it out, Toybox has held-out sounds of its own.")
         if len(self.toybox_to_data) != 2 or min(self.toybox_to_data) < 1:
             raise ValueError(f"--toybox_to_data is {self.toybox_to_data}: pass two numbers of turns such as 3 1.")
-        if not self.toybox and (self.tones or self.degraded_share or self.background_weights):
+        if not self.toybox and (self.tones or self.degraded_share or self.drawing_weights()):
             raise ValueError(
-                "--tones, --degraded_share and --background_weights say how Toybox's sounds are drawn: add --toybox."
+                "--tones, --degraded_share, --background_weights, --shape_weights and --motion_weights say how "
+                "Toybox's sounds are drawn: add --toybox."
             )
         for name in ("tones", "degraded_share"):
             if not 0 <= getattr(self, name) <= 1:
@@ -180,9 +187,13 @@ class Arguments:
         if self.adversarial_weight and self.mixed_precision == "fp16":
             raise ValueError("--mixed_precision fp16 has one loss scale, too few for an adversary: use bf16 or no.")
 
-    def parse_background_weights(self) -> dict[str, float]:
-        """Weight of each background that `--background_weights` names."""
-        return parse_weights("background_weights", self.background_weights, list(BACKGROUNDS))
+    def drawing_weights(self) -> dict[str, float]:
+        """Weights by name of the backgrounds, shapes and motions that the options name."""
+        return (
+            parse_weights("background_weights", self.background_weights, list(BACKGROUNDS))
+            | parse_weights("shape_weights", self.shape_weights, SHAPES)
+            | parse_weights("motion_weights", self.motion_weights, MOTIONS)
+        )
 
     def takes_toybox(self, step: int) -> bool:
         """Whether `step` is one of drawn sounds."""
@@ -218,7 +229,7 @@ def choose_components(available: int, count: int, spread: float) -> tuple[torch.
 
 @torch.no_grad()
 def initialize_transform_codec(
-    model: AutoencoderDACVAE, sounds: list[torch.Tensor], noise: float = 0.1, spread: float = 0.2
+    model: AutoencoderDACVAE, sounds: list[torch.Tensor], noise: float = 0.05, spread: float = 0.2
 ) -> None:
     """
     Starts a fresh model as a transform codec: from a random map it takes thousands of steps to find any phase.
@@ -330,7 +341,7 @@ def draw_sounds(
     held_out: bool = False,
     tones: float = 0.0,
     degraded_share: float = 0.0,
-    background_weights: dict[str, float] | None = None,
+    weights: dict[str, float] | None = None,
 ) -> torch.Tensor:
     """Sounds of Toybox `(count, 1, samples)` of 2 s, all shapes, motions and backgrounds of a split alike.
 
@@ -340,21 +351,20 @@ def draw_sounds(
         held_out: which split.
         tones: share of voices with a pitch in front of nothing.
         degraded_share: share of a quality from 1 to 4.
-        background_weights: how likely each background is, 1 for those it does not name.
+        weights: how likely each background, shape and motion is, by name; 1 for those it does not name.
     """
 
-    def choose(options) -> str:
-        return options[torch.randint(len(options), (), generator=generator).item()]
+    def choose(options: Sequence) -> Any:
+        likely = torch.tensor([float((weights or {}).get(option, 1)) for option in options])
+        return options[torch.multinomial(likely, 1, generator=generator).item()]
 
-    weights = torch.tensor([float((background_weights or {}).get(name, 1)) for name in BACKGROUND_NAMES])
     tuples, quality = [], []
     while len(tuples) < count:
         is_tone = torch.rand((), generator=generator).item() < tones
         motion = choose(VOICED_MOTIONS if is_tone else MOTIONS)
         shapes = TONES if is_tone else SHAPES
         shape = choose([shape for shape in shapes if motion != "spins" or shape in SPINNING_SHAPES])
-        background = BACKGROUND_NAMES[torch.multinomial(weights, 1, generator=generator).item()]
-        background = "black" if is_tone else background
+        background = "black" if is_tone else choose(list(BACKGROUNDS))
         if is_sound_held_out(shape, motion, background) != held_out:
             continue
         if motion == "stays still" and background == "black":
@@ -374,7 +384,7 @@ def draw_segments(args: Arguments, samples: int, generator: torch.Generator, cou
         generator,
         tones=args.tones,
         degraded_share=args.degraded_share,
-        background_weights=args.parse_background_weights(),
+        weights=args.drawing_weights(),
     )
     start = torch.randint(sounds.shape[-1] - each * samples + 1, (), generator=generator).item()
     segments = sounds[..., start : start + each * samples].unflatten(-1, (each, samples)).transpose(1, 2)

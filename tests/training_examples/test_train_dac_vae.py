@@ -440,6 +440,8 @@ def test_sounds_of_toybox(script):
     _, words, quality = draw(2, tones=1.0, degraded_share=1.0, held_out=True)
     assert all(is_sound_held_out(*word[1:]) and word[3] == "black" and word[1] != "star" for word in words)
     assert all(number in (1, 2, 3, 4) for number in quality)
+    _, words, _ = draw(3, weights={"brown": 1e6, "star": 1e6, "bounces": 1e6})
+    assert {word[1:] for word in words} == {("star", "bounces", "brown")}
 
 
 def test_segments_are_cut_out_of_whole_sounds(script, monkeypatch):
@@ -514,10 +516,11 @@ def test_the_result_is_pushed(script, sounds, tmp_path, monkeypatch, capsys):
         ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
         (
             {"toybox": False, "data": "a", "tones": 0.5},
-            "--tones, --degraded_share and --background_weights say how",
+            "--tones, --degraded_share, --background_weights, --shape_weights and --motion_weights say how",
         ),
         ({"background_weights": ["rainbow=2"]}, "--background_weights: there is no 'rainbow'; choose from"),
         ({"background_weights": ["black=0"]}, "--background_weights: 'black=0' has a weight that is not above 0"),
+        ({"shape_weights": ["heart=2"]}, "--shape_weights: there is no 'heart'; choose from"),
         ({"tones": 1.5}, "--tones is 1.5: it must be from 0 to 1"),
         ({"degraded_share": "nan"}, "--degraded_share is nan: it must be from 0 to 1"),
         ({"kl_weight": -1}, "--kl_weight is -1.0: it must be 0 or more"),
