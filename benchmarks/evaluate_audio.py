@@ -1,9 +1,9 @@
 """The rows of `evaluate.py --task audio`: sounds made to films and to captions, heard by Toybox's judge of sound.
 
 Sounds last two seconds, those of the long rows twenty. Films and captions are of the tuples held out in sound, in
-turn, with any colour, but for tones and noises, which are of all tuples; films have 64 pixels and 8 frames a second, and nothing but what is seen says what is to be
-heard. Captions are those that no training tuple has, after the prefix of a clean sound. Intervals are over sounds:
-with so few tuples held out, they do not speak of others.
+turn, with any colour, but for tones and noises, which are of all tuples; films have 64 pixels and 8 frames a second,
+and nothing but what is seen says what is to be heard. Captions are those that no training tuple has, after the prefix
+of a clean sound. Intervals are over sounds: with so few tuples held out, they do not speak of others.
 """
 
 import itertools

@@ -34,7 +34,7 @@ from diffusers_moviegen.toybox.captions import sound_caption, sound_prefix
 from diffusers_moviegen.toybox.data import LOOKS, SPLITS, Sampler
 from diffusers_moviegen.toybox.scenes import SIZES, draw_scenes, render
 from diffusers_moviegen.toybox.sounds import MIN_DURATION, SAMPLING_RATE, STRIKE_MARGINS, strike_times, synthesize
-from diffusers_moviegen.toybox.vocabulary import EVENTS, SHAPES, SPINNING_SHAPES, is_held_out
+from diffusers_moviegen.toybox.vocabulary import EVENTS, SHAPES, SPINNING_SHAPES, is_held_out, is_sound_held_out
 from diffusers_moviegen.training import (
     Bucket,
     LatentCacheWriter,
@@ -187,7 +187,13 @@ def draw_film(args: Arguments, index: int, num_latents: int, latent_rate: float)
             name
             for name in (SPINNING_SHAPES if motion == "spins" else SHAPES)
             if name != shape
-            and (args.split == "held_out" or not is_held_out(words["colour"], name, motion, background))
+            and (
+                args.split == "held_out"
+                or not (
+                    is_held_out(words["colour"], name, motion, background)
+                    or is_sound_held_out(name, motion, background)
+                )
+            )
         ]
         if shapes:
             shown = replace(scenes, shape=torch.tensor([[SHAPES.index(rng.choice(shapes))]]))
@@ -446,10 +452,10 @@ def check_lengths(args: Arguments, latent_rate: float) -> None:
     if args.window_seconds is None:
         return
     count = args.window_seconds * latent_rate
-    if abs(count - round(count)) > 1e-6 or count < 1:
+    if abs(count - round(count)) > 1e-6 or round(count) < 2:
         raise ValueError(
             f"--window_seconds {args.window_seconds:g} is {count:g} latents at {latent_rate:g} a second: pass a "
-            f"multiple of {1 / latent_rate:g}."
+            f"multiple of {1 / latent_rate:g}, at least {2 / latent_rate:g}."
         )
 
 

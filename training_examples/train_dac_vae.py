@@ -482,7 +482,7 @@ def model_card(
     ]
     return build_model_card(
         repo_id,
-        summary="An audio autoencoder of Movie Gen (DAC-VAE) for diffusers: 48 kHz sound to 25 latents a second.",
+        summary="An audio autoencoder of Movie Gen (DAC-VAE) for diffusers: 48 kHz sound to latents and back.",
         snippet="\n".join(snippet),
         data=" ".join(parts),
         recipe={**asdict(args), "processes": num_processes},

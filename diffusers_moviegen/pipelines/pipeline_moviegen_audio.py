@@ -370,7 +370,7 @@ class MovieGenAudioPipeline(CheckedLoadingMixin, DiffusionPipeline, MovieGenLora
                 num_samples = round(num_frames * self.sampling_rate / float(video_frame_rate))
             elif abs(audio_length_in_s * float(video_frame_rate) - num_frames) > 1 + 1e-6:
                 raise ValueError(
-                    f"`audio_length_in_s` is {audio_length_in_s:g}, but the video lasts"
+                    f"`audio_length_in_s` is {float(audio_length_in_s):g}, but the video lasts"
                     f" {float(num_frames / video_frame_rate):g} s, from which it may differ by one frame;"
                     " leave it out."
                 )

@@ -88,5 +88,6 @@ def cache_loader(
             num_replicas=accelerator.num_processes,
         )
     except ValueError as error:
-        raise ValueError(f"--data, --train_batch_size, --images_to_videos: {error}") from error
+        options = "--data, --train_batch_size" + ("" if images_to_videos is None else ", --images_to_videos")
+        raise ValueError(f"{options}: {error}") from error
     return BucketLoader(cache, sampler, num_workers)
