@@ -17,15 +17,12 @@ from .media import (
     AUDIO_EXTENSIONS,
     MAX_FRAME_RATE,
     MIN_FRAME_RATE,
-    check_not_itself,
     check_output_path,
-    probe_film,
-    read_film,
     save_audio,
-    save_scored_film,
     save_video,
 )
 from .pipelines import MovieGenAudioPipeline, MovieGenPipeline
+from .scoring import check_not_itself, probe_film, read_film, save_scored_film
 from .toybox import data, previews
 
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from diffusers_moviegen import AutoencoderDACVAE, MovieGenAudioPipeline, MovieGenPipeline, cli
 from diffusers_moviegen.cli import main
-from diffusers_moviegen.media import load_audio, probe_film, read_film, save_scored_film, save_video
+from diffusers_moviegen.media import save_video
+from diffusers_moviegen.scoring import load_audio, probe_film, read_film, save_scored_film
 from tests.test_cli import PROMPT, refused, work  # noqa: F401
 from tests.test_media import film_packets, moving_square, struck_bell
 from tests.tiny import tiny_audio_pipeline

@@ -11,16 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_moviegen import media
-from diffusers_moviegen.media import (
-    check_output_path,
-    load_audio,
-    probe_film,
-    read_film,
-    save_audio,
-    save_scored_film,
-    save_video,
-)
+from diffusers_moviegen import media, scoring
+from diffusers_moviegen.media import check_output_path, save_audio, save_video
+from diffusers_moviegen.scoring import load_audio, probe_film, read_film, save_scored_film
 from diffusers_moviegen.training import read_media
 from tests.training.films import grey_frames, quarters, write_film, write_sound
 
@@ -221,7 +214,7 @@ def test_read_film_goes_by_timestamps(tmp_path):
     "part_bytes, lengths", [(2**28, [64, 64, 2]), (3 * 16 * 24 * 50, [50, 50, 30]), (9, [1] * 130)]
 )
 def test_read_film_in_parts(tmp_path, monkeypatch, part_bytes, lengths):
-    monkeypatch.setattr(media, "_PART_BYTES", part_bytes)
+    monkeypatch.setattr(scoring, "_PART_BYTES", part_bytes)
     film = probe_film(write_film(tmp_path / "film.mp4", grey_frames(26, 16, 24) * 5, rate=25))
     parts = list(read_film(film))
     assert [len(part) for part in parts] == lengths

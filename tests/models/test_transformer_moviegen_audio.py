@@ -31,7 +31,7 @@ from diffusers_moviegen.models.transformer_moviegen_audio import MovieGenAudioTr
 from tests.processes import run_processes
 
 
-PRESET = Path(diffusers_moviegen.__file__).parent / "configs" / "transformer_audio_13b"
+PRESET = Path(diffusers_moviegen.__file__).parent / "configs" / "audio_transformer_13b"
 
 HEADS = 2
 CONFIG = {
