@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -479,6 +480,8 @@ def test_trackers_go_on_after_a_resume(script, small, caches, tmp_path, capsys):
         "lr_scheduler": "constant_with_warmup",
     }
     run(script, **arguments)
+    # TensorBoard sorts the files of a run by the second that they were made in.
+    time.sleep(1.1)
     run(script, **arguments | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "train_text_to_video")).Reload()

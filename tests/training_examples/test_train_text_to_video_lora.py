@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -452,6 +453,8 @@ def test_trackers_go_on_after_a_resume(script, small, caches, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     arguments = small | {"output_dir": tmp_path, "validation_data": caches / "held_out", "report_to": "tensorboard"}
     run(script, **arguments)
+    # TensorBoard sorts the files of a run by the second that they were made in.
+    time.sleep(1.1)
     run(script, **arguments | {"max_train_steps": 6, "resume_from_checkpoint": "latest"})
     events = event_accumulator.EventAccumulator(str(tmp_path / "logs" / "train_text_to_video_lora")).Reload()
     for name in ("loss", "learning_rate"):
