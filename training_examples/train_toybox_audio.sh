@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command that makes the checkpoint of sound, two hours on two CPU cores, run from the root of the repository. What the
+# Every command that makes a checkpoint of sound, in under two hours on two CPU cores, run from the root of the repository. What the
 # bundled one has of its own is in its model card.
 # bash training_examples/train_toybox_audio.sh MEDIA, where MEDIA is a folder with a table of real films that have sound; the card
 # lists those that the checkpoint heard.
