@@ -34,7 +34,14 @@ from diffusers_moviegen.toybox.captions import sound_caption, sound_prefix
 from diffusers_moviegen.toybox.data import LOOKS, SPLITS, Sampler
 from diffusers_moviegen.toybox.scenes import SIZES, draw_scenes, render
 from diffusers_moviegen.toybox.sounds import MIN_DURATION, SAMPLING_RATE, STRIKE_MARGINS, strike_times, synthesize
-from diffusers_moviegen.toybox.vocabulary import EVENTS, SHAPES, SPINNING_SHAPES, is_held_out, is_sound_held_out
+from diffusers_moviegen.toybox.vocabulary import (
+    EVENTS,
+    MOTIONS,
+    SHAPES,
+    SPINNING_SHAPES,
+    is_held_out,
+    is_sound_held_out,
+)
 from diffusers_moviegen.training import (
     Bucket,
     LatentCacheWriter,
@@ -48,6 +55,7 @@ from diffusers_moviegen.training import (
     find_pipeline,
     list_media,
     models_fingerprint,
+    parse_weights,
     probe_media,
     read_media,
     read_sound,
@@ -91,6 +99,10 @@ class Arguments:
     num_windows: int = field(
         default=1, metadata={"help": "windows of each film, evenly over its length; of Toybox at random"}
     )
+    motion_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how likely an object of Toybox moves so, such as bounces=4; 1 for the others"},
+    )
     degraded_share: float | None = field(
         default=None, metadata={"help": "of Toybox: share of sounds of a quality below 5; 0.4 by default"}
     )
@@ -113,11 +125,14 @@ class Arguments:
         if self.window_seconds is not None and not 0 < self.window_seconds < math.inf:
             raise ValueError(f"--window_seconds is {self.window_seconds}: it must be above 0.")
         if not self.toybox:
-            if self.num_samples or self.other_films or self.degraded_share is not None:
-                raise ValueError("--num_samples, --other_films and --degraded_share are of Toybox: add --toybox.")
+            if self.num_samples or self.other_films or self.motion_weights or self.degraded_share is not None:
+                raise ValueError(
+                    "--num_samples, --motion_weights, --other_films and --degraded_share are of Toybox: add --toybox."
+                )
             if self.window_seconds is None:
                 raise ValueError("--window_seconds is missing: films of --data are cut to windows of one length.")
             return
+        parse_weights("motion_weights", self.motion_weights, MOTIONS)
         if self.num_samples < 1:
             raise ValueError(f"--num_samples is {self.num_samples}: pass how many films of Toybox to draw.")
         if (self.height, self.width) not in SIZES:
@@ -171,7 +186,8 @@ def draw_film(args: Arguments, index: int, num_latents: int, latent_rate: float)
     frame_rate = rng.choice(args.frame_rates)
     sizes = {"height": args.height, "width": args.width}
     sizes |= {"num_frames": round(args.film_seconds * frame_rate), "frame_rate": frame_rate}
-    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False)
+    motions = parse_weights("motion_weights", args.motion_weights, MOTIONS)
+    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False, motion_weights=motions)
     words = sampler.draw_words(index)[1]
     shape, motion, background, quality = (words[name] for name in ("shape", "motion", "background", "quality"))
     if args.degraded_share is not None:

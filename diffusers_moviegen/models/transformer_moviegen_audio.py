@@ -15,6 +15,7 @@ from diffusers.models.embeddings import (
     Timesteps,
     apply_rotary_emb,
     get_1d_rotary_pos_embed,
+    get_1d_sincos_pos_embed_from_grid,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -218,6 +219,10 @@ class MovieGenAudioTransformer1DModel(
     token, a sound to continue or to fill is concatenated along the channels, and the text comes by cross-attention.
     The defaults are the 13B model.
 
+    Movie Gen leaves open how the backbone knows positions. Here sines and cosines are added to the latents, as in the
+    plain DiT (Peebles and Xie, 2023), which say where in the sound a latent is, and rotary ones in the self-attention
+    say how far apart two are. Neither limits the length.
+
     The modulation is one projection of the time shared by all blocks plus a learned bias in every block. The output
     projection and the shared time projection start at zero and the biases at a standard deviation of `dim ** -0.5`,
     so an untrained model predicts zero.
@@ -417,6 +422,8 @@ class MovieGenAudioTransformer1DModel(
         hidden_states = (hidden_states + video).to(dtype)
 
         # 3. Positions
+        positions = torch.arange(num_tokens, device=hidden_states.device)
+        hidden_states = hidden_states + get_1d_sincos_pos_embed_from_grid(hidden_states.shape[-1], positions).to(dtype)
         num_padding = 0
         cp_config = getattr(self._parallel_config, "context_parallel_config", None)
         if cp_config is not None and cp_config.ring_degree == 1 and not cp_config.ulysses_anything:

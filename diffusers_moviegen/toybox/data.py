@@ -63,7 +63,7 @@ class Sampler:
     """Draws and renders the samples of a dataset: the function that [`dataset`] maps over batches of indices.
 
     Attributes are the arguments of [`dataset`], with its defaults filled in, and `motion_weights`: how likely, for
-    text_to_video, one object moves in each way, 1 where it is not named.
+    text_to_video and audio, one object moves in each way, 1 where it is not named.
     """
 
     task: str
@@ -114,7 +114,7 @@ class Sampler:
             is_film = self.num_frames / self.frame_rate > MOTION_DURATION
             while True:
                 caption, words = sample_caption("sound", rng, held_out)
-                if not is_film or words["motion"] in FILM_MOTIONS:
+                if (not is_film or words["motion"] in FILM_MOTIONS) and self._accepts(words, rng):
                     break
             parts = words["shape"], words["motion"], words["background"]
             # Sounds are held out whatever the colour, but training must not see a held-out sight either.
@@ -124,12 +124,16 @@ class Sampler:
         choice = None if look == "camera" else single_frame
         while True:
             caption, words = sample_caption(look, rng, held_out and look != "person", choice)
-            if not self.motion_weights or "motion" not in words:
-                break
-            likeliest = max(1, *self.motion_weights.values())
-            if rng.random() * likeliest < self.motion_weights.get(words["motion"], 1):
+            if self._accepts(words, rng):
                 break
         return caption, words | {"look": look}
+
+    def _accepts(self, words: dict, rng: random.Random) -> bool:
+        """Whether words that were drawn are used: as often as their motion is likely."""
+        if not self.motion_weights or "motion" not in words:
+            return True
+        likeliest = max(1, *self.motion_weights.values())
+        return rng.random() * likeliest < self.motion_weights.get(words["motion"], 1)
 
     def _clip(self) -> dict[str, float]:
         sizes = {"num_frames": self.num_frames, "frame_rate": self.frame_rate}

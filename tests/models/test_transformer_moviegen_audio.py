@@ -167,6 +167,8 @@ def reference_model(model, inputs, sample):
         tokens.append(x + (project("video_proj", values["video_hidden_states"][i]) if known
                            else weights["null_video"][0]))  # fmt: skip
     x = np.stack(tokens)
+    angles = np.outer(np.arange(len(x)), 10000.0 ** (-np.arange(DIM // 2) / (DIM // 2)))
+    x = x + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
     text = [weights["null_text"][0]]
     for i in range(len(values.get("encoder_hidden_states", []))):
@@ -238,16 +240,10 @@ def test_one_latent_moves_itself_and_through_attention_all_others():
     assert moved[0, :, 4].all() and moved.sum() == 4
 
 
-def test_positions_say_distances_and_have_no_end():
+def test_rotary_positions_say_distances_and_have_no_end():
     model = make_model()
     cos, sin = model.rope(3000, torch.device("cpu"))
     assert cos.shape == sin.shape == (3000, 8) and cos.dtype == sin.dtype == torch.float32
-
-    # Attention alone sees positions: a stretch of equal latents has equal outputs, whatever is asked of it.
-    inputs = {"hidden_states": torch.ones(1, 3, 2000), "timestep": torch.tensor([300.0])}
-    output = run(model, inputs)
-    assert output.isfinite().all()
-    torch.testing.assert_close(output, output[..., :1].expand_as(output), atol=1e-4, rtol=1e-4)
 
     # What a latent sees of another depends on their distance, not on their place.
     attn = model.transformer_blocks[0].attn1
@@ -259,6 +255,20 @@ def test_positions_say_distances_and_have_no_end():
         spread = attn(stream, rotary_emb=(cos[:12:2], sin[:12:2]))
     torch.testing.assert_close(shifted, expected, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(spread, expected, atol=1e-2)
+
+
+def test_equal_latents_differ_by_their_place():
+    model = make_model()
+    output = run(model, {"hidden_states": torch.ones(1, 3, 2000), "timestep": torch.tensor([300.0])})
+    assert output.isfinite().all()
+    # Without attention only what is added to a latent tells it from the others.
+    silence_blocks(model)
+    alone = run(model, {"hidden_states": torch.ones(1, 3, 50), "timestep": torch.tensor([300.0])})[0]
+    distances = (alone[:, :, None] - alone[:, None]).abs().amax(0) + torch.eye(50)
+    assert distances.min() > 1e-3
+    # No matter how many follow.
+    longer = run(model, {"hidden_states": torch.ones(1, 3, 60), "timestep": torch.tensor([300.0])})[0]
+    torch.testing.assert_close(longer[:, :50], alone)
 
 
 # Conditions

@@ -421,6 +421,8 @@ def test_motions_are_drawn_by_their_weights():
     for motion, count in tuples.items():
         assert drawn[motion] / 4000 == pytest.approx(count * weights.get(motion, 1) / total, abs=0.03), motion
     assert [plain.draw_words(0)] == [Sampler(**parts, motion_weights={}).draw_words(0)]
+    sounds = Sampler(**parts | {"task": "audio"}, motion_weights={"bounces": 1e6})
+    assert {sounds.draw_words(index)[1]["motion"] for index in range(20)} == {"bounces"}
     several = Sampler(**parts | {"looks": {"two_objects": 1}}, motion_weights=weights)
     assert several.draw_words(3) == Sampler(**parts | {"looks": {"two_objects": 1}}).draw_words(3)
 

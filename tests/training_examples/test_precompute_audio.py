@@ -145,6 +145,11 @@ def test_windows_of_longer_films(pipeline, frozen, tmp_path):
     assert seen == {True, False}
 
 
+def test_motions_that_are_likelier():
+    captions = [film(index, motion_weights=["spins=100000"])["windows"][0][2][0] for index in range(6)]
+    assert all("warbles" in caption for caption in captions)
+
+
 def test_films_of_another_shape():
     changed = 0
     for index in range(24):
@@ -309,6 +314,7 @@ def test_sound_is_where_the_film_has_it(clips, name, time):
         ({"window_seconds": 0.1}, "--window_seconds 0.1 is 2.5 latents at 25 a second: pass a multiple of 0.04"),
         ({"num_windows": 2}, "--num_windows does nothing without --window_seconds"),
         ({"height": 50}, "--height and --width give 50 x 64, but Toybox is drawn at 64 x 64,"),
+        ({"motion_weights": ["jumps=2"]}, "--motion_weights: there is no 'jumps'; choose from stays still"),
         ({"other_films": 1.5}, "--other_films is 1.5: it must be from 0 to 1"),
         ({"degraded_share": -1}, "--degraded_share is -1.0: it must be from 0 to 1"),
         ({"exclude": ["a"]}, "--exclude is for --data"),
@@ -332,6 +338,7 @@ def test_errors(frozen, tmp_path, capsys, options, message):
         ({}, "--window_seconds is missing"),
         ({"window_seconds": 0}, "--window_seconds is 0.0: it must be above 0"),
         ({"window_seconds": 1, "other_films": 0.5}, "are of Toybox: add --toybox"),
+        ({"window_seconds": 1, "motion_weights": ["spins=2"]}, "are of Toybox: add --toybox"),
     ],
 )
 def test_errors_of_ones_own_films(options, message):
