@@ -493,7 +493,7 @@ def has_seam(sound: torch.Tensor, borders: list[float], strikes: list[float]) ->
     elsewhere = torch.arange(960, len(sound) - 960, 240)
     elsewhere = elsewhere[is_quiet(elsewhere) & (since(elsewhere, borders).abs() > 0.050).all(1)]
     at = at[is_quiet(at)]
-    if not len(at):
+    if not len(at) or not len(elsewhere):
         return False
     for here, there in zip(roughness(sound, at), roughness(sound, elsewhere), strict=True):
         for share, limit in ((0.5, 0.9), (0.9, 0.99)):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command that makes a checkpoint of sound, in under two hours on two CPU cores, run from the root of the repository. What the
+# Every command that made the bundled checkpoint of sound, on two CPU cores, run from the root of the repository. What the
 # bundled one has of its own is in its model card.
 # bash training_examples/train_toybox_audio.sh MEDIA, where MEDIA is a folder with a table of real films that have sound; the card
 # lists those that the checkpoint heard.
@@ -13,13 +13,16 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_TOP_PAD_=2684
 python training_examples/train_image_encoder.py --text_encoders diffusers_moviegen/checkpoints/toybox \
     --output_dir runs/audio/vision --steps 4500
 
-# 2. The autoencoder: first the samples, then the spectrum; then the frozen models as a pipeline, in the types of the bundle
+# 2. The autoencoder, in the end with more of what it finds hardest: crickets and the shaker's knocks. Then the frozen models as a
+# pipeline, in the types of the bundle
 dac_vae() {
     torchrun --nproc_per_node 2 training_examples/train_dac_vae.py --config training_examples/configs/toybox_dac_vae.yaml \
         --data "$MEDIA" --exclude "heldout-*" "$@"
 }
-dac_vae --output_dir runs/audio/dac_vae_a --max_train_steps 850 --waveform_weight 200 --stft_weight 0.5 --mel_weight 3
-dac_vae --autoencoder runs/audio/dac_vae_a/vae --output_dir runs/audio/dac_vae
+dac_vae --output_dir runs/audio/dac_vae_a
+dac_vae --autoencoder runs/audio/dac_vae_a/vae --output_dir runs/audio/dac_vae --seed 1 --max_train_steps 900 \
+    --learning_rate 2e-4 --lr_warmup_steps 30 --stft_weight 5 --tones 0.3 --shape_weights star=3 \
+    --background_weights brown=4 grey=2 navy=2 pink=2 --motion_weights bounces=4 grows=2
 python training_examples/assemble_pipeline.py --kind audio --vae runs/audio/dac_vae/vae --dtype bfloat16 \
     --text_encoders diffusers_moviegen/checkpoints/toybox --image_encoder runs/audio/vision --squeeze_images \
     --segment_length_in_s 2 --output_dir runs/audio/frozen
@@ -29,8 +32,8 @@ precompute() {
     torchrun --nproc_per_node 2 training_examples/precompute_audio.py --pipeline runs/audio/frozen \
         --config training_examples/configs/toybox_precompute_audio.yaml --output_dir runs/audio/cache/"$@"
 }
-precompute films --num_samples 5120
-precompute windows --seed 1 --num_samples 1024 --film_seconds 6 --window_seconds 2 --num_windows 3
+precompute films --num_samples 10240 --motion_weights bounces=4 grows=3 shrinks=3 spins=3
+precompute windows --seed 1 --num_samples 768 --film_seconds 6 --window_seconds 2 --num_windows 2 --motion_weights bounces=8
 precompute heldout_films --num_samples 64 --split held_out
 
 # 4. The backbone
