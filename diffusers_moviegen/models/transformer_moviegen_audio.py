@@ -26,6 +26,10 @@ from diffusers.utils.torch_utils import maybe_allow_in_graph
 from ..loaders import MovieGenSingleFileMixin
 
 
+MIN_SIGMA = 0.05
+"""Noise level down to which a velocity is what a prediction of the data makes it; below, it would be all rounding."""
+
+
 class MovieGenAudioRotaryEmbedding(nn.Module):
     """
     Rotary positions of the latents, whose number is not limited: they say how far apart two latents are.
@@ -248,6 +252,15 @@ class MovieGenAudioTransformer1DModel(
             Width of the features of a video frame (MetaCLIP).
         eps (`float`, defaults to 1e-6):
             Epsilon of all norms.
+        prediction_type (`str`, defaults to `"velocity"`):
+            What the last layer predicts: `"velocity"`, or `"sample"`, the clean latents, from which the velocity
+            follows. The output is the velocity either way. A velocity holds all of the noise, which a model not much
+            wider than the latents has no room to carry from its input to its output beside everything else (Li and
+            He, 2025, \"Back to Basics: Let Denoising Generative Models Denoise\").
+
+    Raises:
+        `ValueError`: `attention_head_dim` is odd, there is no such `prediction_type`, or `"sample"` is asked for with
+            another number of channels out than in.
     """
 
     _supports_gradient_checkpointing = True
@@ -277,8 +290,16 @@ class MovieGenAudioTransformer1DModel(
         text_embed_dim: int = 768,
         video_embed_dim: int = 1024,
         eps: float = 1e-6,
+        prediction_type: str = "velocity",
     ):
         super().__init__()
+        if prediction_type not in ("velocity", "sample"):
+            raise ValueError(f"`prediction_type` is '{prediction_type}'; pass 'velocity' or 'sample'.")
+        if prediction_type == "sample" and in_channels != out_channels:
+            raise ValueError(
+                f"`in_channels` {in_channels} and `out_channels` {out_channels} differ; with `prediction_type` 'sample' "
+                "they must be equal."
+            )
         if attention_head_dim % 2:
             raise ValueError(
                 f"`attention_head_dim` {attention_head_dim} is odd; rotary positions turn pairs of values."
@@ -398,6 +419,7 @@ class MovieGenAudioTransformer1DModel(
                 )
 
         # 1. Latents, with the given sound and its mask as further channels
+        latents = hidden_states
         hidden_states = hidden_states.transpose(1, 2)
         if audio_context is None:
             hidden_states = F.pad(hidden_states, (0, self.config.in_channels + 1))
@@ -461,6 +483,9 @@ class MovieGenAudioTransformer1DModel(
         shift, scale = (self.scale_shift_table.float() + temb.float().unsqueeze(1)).chunk(2, dim=1)
         hidden_states = torch.addcmul(shift, self.norm_out(hidden_states.float()), 1 + scale).to(dtype)
         sample = self.proj_out(hidden_states)[:, :num_tokens].transpose(1, 2)
+        if self.config.prediction_type == "sample":
+            sigma = (timestep.float() / 1000).clamp(min=MIN_SIGMA)[:, None, None]
+            sample = ((latents.float() - sample.float()) / sigma).to(dtype)
 
         if not return_dict:
             return (sample,)

@@ -209,6 +209,23 @@ def test_model_matches_float64_recomputation(conditions):
         np.testing.assert_allclose(output[sample], reference_model(model, inputs, sample), atol=1e-4, rtol=1e-4)
 
 
+def test_prediction_of_the_data_becomes_a_velocity():
+    """On the straight path from data to noise, whose velocity is known; near its end it is damped, but finite."""
+    model, inputs = make_model(out_channels=3), make_inputs()
+    for sigma in (1.0, 0.4, 0.05, 0.01):
+        inputs["timestep"] = torch.full((2,), 1000 * sigma)
+        model.register_to_config(prediction_type="velocity")
+        data = run(model, inputs)
+        model.register_to_config(prediction_type="sample")
+        velocity = run(model, inputs)
+        expected = (inputs["hidden_states"] - data) / max(sigma, 0.05)
+        torch.testing.assert_close(velocity, expected)
+    with pytest.raises(ValueError, match="`prediction_type` is 'epsilon'; pass 'velocity' or 'sample'"):
+        make_model(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="`in_channels` 3 and `out_channels` 4 differ"):
+        make_model(prediction_type="sample")
+
+
 def test_untrained_model_predicts_zero():
     torch.manual_seed(0)
     model = MovieGenAudioTransformer1DModel(**CONFIG)
