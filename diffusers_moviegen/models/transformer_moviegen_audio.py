@@ -256,7 +256,7 @@ class MovieGenAudioTransformer1DModel(
             What the last layer predicts: `"velocity"`, or `"sample"`, the clean latents, from which the velocity
             follows. The output is the velocity either way. A velocity holds all of the noise, which a model not much
             wider than the latents has no room to carry from its input to its output beside everything else (Li and
-            He, 2025, \"Back to Basics: Let Denoising Generative Models Denoise\").
+            He, 2025, Back to Basics: Let Denoising Generative Models Denoise).
 
     Raises:
         `ValueError`: `attention_head_dim` is odd, there is no such `prediction_type`, or `"sample"` is asked for with
