@@ -297,8 +297,8 @@ class MovieGenAudioTransformer1DModel(
             raise ValueError(f"`prediction_type` is '{prediction_type}'; pass 'velocity' or 'sample'.")
         if prediction_type == "sample" and in_channels != out_channels:
             raise ValueError(
-                f"`in_channels` {in_channels} and `out_channels` {out_channels} differ; with `prediction_type` 'sample' "
-                "they must be equal."
+                f"`in_channels` {in_channels} and `out_channels` {out_channels} differ; with `prediction_type` "
+                "'sample' they must be equal."
             )
         if attention_head_dim % 2:
             raise ValueError(

@@ -124,7 +124,6 @@ def video_run(script, image_run, tmp_path_factory):
             chroma_weight=8,
             colour_weight=1,
             outlier_weight=0.1,
-            mixed_precision="bf16",
             report_to="tensorboard",
             **ADVERSARY,
             **SMALL | {"statistics_batches": 8},
