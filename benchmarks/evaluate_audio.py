@@ -244,7 +244,8 @@ def measure_sounds(args: Any, pipe: MovieGenAudioPipeline, count: int) -> Result
     all_same, groups = [all(verdicts) for verdicts in zip(*same.values(), strict=True)], list(range(count))
     figures = [Figure("voice, event and ambience judged the same", all_same, groups)]
     figures += [Figure(name, same[name], groups, in_table=False) for name in fields]
-    return Result(figures, [], count, seconds)
+    notes = [f"ambience the same: {count_right([hearing.ambience or 'none' for hearing in before], same['ambience'])}"]
+    return Result(figures, notes, count, seconds)
 
 
 NOISES = {

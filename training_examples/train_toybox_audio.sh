@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Every command that made the bundled checkpoint of sound, on two CPU cores, run from the root of the repository. What the
-# bundled one has of its own is in its model card.
+# Every command that made the bundled checkpoint of sound, two and a half hours on two CPU cores, run from the root of the repository.
 # bash training_examples/train_toybox_audio.sh MEDIA, where MEDIA is a folder with a table of real films that have sound; the card
 # lists those that the checkpoint heard.
 set -euo pipefail
