@@ -1,5 +1,6 @@
-"""Small films with known content, of the kinds that cameras, editors and accidents produce."""
+"""Small films and sounds with known content, of the kinds that cameras, editors and accidents produce."""
 
+import hashlib
 from fractions import Fraction
 
 import av
@@ -76,3 +77,46 @@ def cut_off(path, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
+
+
+def moving_square(num_frames=16, height=64, width=96):
+    """A smooth coloured ground over which a red square of 16 pixels, on even coordinates, moves to the right."""
+    rows, columns = np.mgrid[:height, :width]
+    ground = np.stack([60 + columns, 40 + rows, 200 - columns], axis=-1).astype(np.uint8)
+    frames = np.repeat(ground[None], num_frames, axis=0)
+    for index, frame in enumerate(frames):
+        frame[24:40, 4 * index : 4 * index + 16] = (220, 40, 40)
+    return frames
+
+
+def struck_bell(seconds=2.0, sampling_rate=48000, strike=0.5):
+    """Silence up to the strike, then a tone of 880 Hz that starts suddenly and decays; shape (1, samples)."""
+    time = np.arange(round(seconds * sampling_rate)) / sampling_rate - strike
+    tone = 0.6 * np.sin(2 * np.pi * 880 * time) * np.exp(-np.maximum(time, 0) / 0.08)
+    return np.where(time >= 0, tone, 0).astype(np.float32)[None]
+
+
+def decode_sound(path):
+    with av.open(str(path)) as container:
+        frames = list(container.decode(audio=0))
+        assert frames[0].pts == 0
+        return np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
+
+
+def decode(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def film_packets(path):
+    """What a film's stream of pictures consists of: times in seconds from its first frame on, and contents."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        tick, start = stream.time_base, min(packet.pts for packet in packets if not packet.is_discard)
+        times = [((packet.pts - start) * tick, packet.is_keyframe) for packet in packets]
+        return tick, times, [hashlib.sha256(bytes(packet)).hexdigest() for packet in packets]
+
+
+def psnr(first, second):
+    return 10 * np.log10(255**2 / np.mean((first.astype(np.float64) - second) ** 2))
