@@ -14,9 +14,8 @@ from diffusers_moviegen.cli import main
 from diffusers_moviegen.media import save_video
 from diffusers_moviegen.scoring import load_audio, probe_film, read_film, save_scored_film
 from tests.test_cli import PROMPT, refused, work  # noqa: F401
-from tests.test_media import film_packets, moving_square, struck_bell
 from tests.tiny import tiny_audio_pipeline
-from tests.training.films import cut_off, write_film, write_sound
+from tests.training.films import cut_off, film_packets, moving_square, struck_bell, write_film, write_sound
 
 
 HEAR = "rain and a chime"
