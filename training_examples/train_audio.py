@@ -2,6 +2,7 @@
 
     accelerate launch training_examples/train_audio.py \\
         --config training_examples/configs/toybox_audio.yaml --output_dir runs/audio \\
+        --transformer_config training_examples/configs/toybox_audio_transformer.json \\
         --pipeline runs/audio_frozen --data runs/cache/sounds --validation_data runs/cache/heldout_sounds
 
 The caches are those of precompute_audio.py, made with the frozen models of `--pipeline`. The result is a whole

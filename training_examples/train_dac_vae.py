@@ -46,7 +46,9 @@ from diffusers_moviegen.training import (
     SpectrogramDiscriminator,
     StopSignal,
     adaptive_weight,
+    add_latent_noise,
     build_model_card,
+    check_latent_noise,
     check_mixed_precision,
     check_model_folder,
     check_output_dir,
@@ -134,6 +136,10 @@ class Arguments:
     stft_weight: float = field(default=1.0, metadata={"help": "of the logarithms of spectrograms"})
     mel_weight: float = field(default=5.0, metadata={"help": "of the logarithms of mel spectrograms"})
     kl_weight: float = field(default=1e-4, metadata={"help": "of the divergence in nats a latent"})
+    latent_noise: float = field(
+        default=0.0,
+        metadata={"help": "of --autoencoder: deviation of the noise in latents to decode, up to so many of theirs"},
+    )
     adversarial_weight: float = field(default=0.0, metadata={"help": "0 trains without an adversary"})
     adversarial_start: int = field(default=50_000, metadata={"help": "step from which the adversary takes part"})
     discriminator_channels: int = 32
@@ -174,7 +180,8 @@ class Arguments:
         for name in ("tones", "degraded_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be from 0 to 1.")
-        for name in (*(name for name in vars(self) if name.endswith("_weight")), "initialization_batches"):
+        weights = [name for name in vars(self) if name.endswith("_weight")]
+        for name in (*weights, "latent_noise", "initialization_batches"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} is {getattr(self, name)}: it must be 0 or more.")
         if not 0 <= self.adversarial_start or not 0 <= self.discriminator_learning_rate < math.inf:
@@ -184,6 +191,8 @@ class Arguments:
                 f"--adversarial_start {self.adversarial_start} is after the last step: lower it, or pass "
                 "--adversarial_weight 0."
             )
+        if self.latent_noise and self.autoencoder is None:
+            raise ValueError("--latent_noise is in deviations of the latents of an --autoencoder: pass one.")
         if self.adversarial_weight and self.mixed_precision == "fp16":
             raise ValueError("--mixed_precision fp16 has one loss scale, too few for an adversary: use bf16 or no.")
 
@@ -316,14 +325,16 @@ def initialize_transform_codec(
 class Reconstruction(torch.nn.Module):
     """Encoding and decoding as one forward pass, so that the training engine's hooks see it."""
 
-    def __init__(self, autoencoder: AutoencoderDACVAE):
+    def __init__(self, autoencoder: AutoencoderDACVAE, latent_noise: float = 0.0):
         super().__init__()
-        self.autoencoder = autoencoder
+        self.autoencoder, self.latent_noise = autoencoder, latent_noise
 
     def forward(self, sound: torch.Tensor, generator: torch.Generator | None = None):
         """Reconstruction and posterior: of a draw of the posterior with a `generator`, else of its mean."""
         posterior = self.autoencoder.encode(sound).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
+        if generator is not None and self.latent_noise:
+            latents = add_latent_noise(latents, self.autoencoder.config.latents_std, self.latent_noise, generator)
         return self.autoencoder.decode(latents, num_samples=sound.shape[-1]).sample, posterior
 
     @property
@@ -556,6 +567,8 @@ def main(args: Arguments) -> None:
 
     # 1. Model and data
     model = make_autoencoder(args)
+    if args.latent_noise:
+        check_latent_noise(model, args.autoencoder)
     samples = args.segment_latents * model.hop_length
     if samples <= 4096:
         raise ValueError(f"--segment_latents {args.segment_latents} are {samples} samples: use more than 4096.")
@@ -589,7 +602,7 @@ def main(args: Arguments) -> None:
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
-    reconstruct, optimizer = accelerator.prepare(Reconstruction(model), optimizer)
+    reconstruct, optimizer = accelerator.prepare(Reconstruction(model, args.latent_noise), optimizer)
     if args.adversarial_weight:
         adversary = SpectrogramDiscriminator(args.discriminator_channels)
         adversary_optimizer = torch.optim.AdamW(

@@ -27,7 +27,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
@@ -51,7 +50,9 @@ from diffusers_moviegen.training import (
     StopSignal,
     StreamLoader,
     adaptive_weight,
+    add_latent_noise,
     build_model_card,
+    check_latent_noise,
     check_mixed_precision,
     check_model_folder,
     check_output_dir,
@@ -363,15 +364,10 @@ class Reconstruction(torch.nn.Module):
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         if images:
             return self.autoencoder.decode(latents).sample[:, :, None], posterior, latents[:, :, None]
-        decoded = latents if generator is None or not self.latent_noise else self.add_noise(latents, generator)
+        decoded = latents
+        if generator is not None and self.latent_noise:
+            decoded = add_latent_noise(latents, self.autoencoder.config.latents_std, self.latent_noise, generator)
         return self.autoencoder.decode(decoded, num_frames=video.shape[2]).sample, posterior, latents
-
-    def add_noise(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Latents as imperfect as those of a backbone may be, each clip's by another share of `latent_noise`."""
-        std = latents.new_tensor(self.autoencoder.config.latents_std).view(1, -1, 1, 1, 1)
-        share = torch.rand(len(latents), 1, 1, 1, 1, generator=generator).to(latents)
-        noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        return latents + self.latent_noise * share * std * noise
 
     @property
     def last_layer(self) -> torch.nn.Parameter:
@@ -718,11 +714,8 @@ def main(args: Arguments) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.stage == "decoder":
-        if args.latent_noise and model.config.latents_std is None:
-            raise ValueError(
-                f"--latent_noise: the config of '{args.autoencoder}' has no latents_std; pass an autoencoder that "
-                "--stage video measured them for, or leave the option out."
-            )
+        if args.latent_noise:
+            check_latent_noise(model, args.autoencoder)
         # The latents stay what a backbone may already be learning.
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)

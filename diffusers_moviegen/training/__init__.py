@@ -33,6 +33,7 @@ from .flow_matching import (
 )
 from .hub import build_model_card, prepare_hub_repository, push_folder_to_hub
 from .latent_cache import CachedSample, LatentCache, LatentCacheWriter, find_pipeline, models_fingerprint
+from .latent_noise import add_latent_noise, check_latent_noise
 from .losses import (
     LearnedPerceptualLoss,
     PatchDiscriminator3D,
@@ -95,8 +96,10 @@ __all__ = [
     "StreamLoader",
     "TrainingStopped",
     "adaptive_weight",
+    "add_latent_noise",
     "build_model_card",
     "cache_loader",
+    "check_latent_noise",
     "check_mixed_precision",
     "check_model_folder",
     "check_output_dir",

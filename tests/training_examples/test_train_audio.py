@@ -329,6 +329,7 @@ def test_shipped_configurations(script, small, caches, tmp_path, capsys, monkeyp
     monkeypatch.chdir(ROOT)
     options = {"pipeline": small["pipeline"], "data": [str(caches / "short")], "validation_data": caches / "held_out"}
     options |= {"output_dir": tmp_path / "run", "max_train_steps": 2, "train_batch_size": 2}
+    options["transformer_config"] = EXAMPLES / "configs" / "toybox_audio_transformer.json"
     AcceleratorState._reset_state(reset_partial_state=True)
     config = str(EXAMPLES / "configs" / "toybox_audio.yaml")
     run_script(script.main, script.Arguments, ["--config", config, *command_line(options)])

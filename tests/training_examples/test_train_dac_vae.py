@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffusers_moviegen import AutoencoderDACVAE
 from diffusers_moviegen.media import save_audio
 from diffusers_moviegen.toybox.vocabulary import is_sound_held_out
-from diffusers_moviegen.training import latent_kl
+from diffusers_moviegen.training import add_latent_noise, latent_kl
 from tests.hub_server import WRITE_TOKEN, HubServer
 from tests.training_examples.scripts import load_script, run, run_and_record_losses
 
@@ -309,6 +309,26 @@ def test_an_autoencoder_to_start_from_brings_its_own_sizes(script, sounds, tmp_p
 # --- Steps ------------------------------------------------------------------------------------------------------
 
 
+def test_noise_in_the_latents_that_are_decoded(script, finished_run, monkeypatch):
+    """Of the posterior it is not part, and without a generator there is none."""
+    model = AutoencoderDACVAE.from_pretrained(finished_run[0] / "vae")
+    seen, decode = [], model.decode
+
+    def spy(latents, **options):
+        seen.append(latents)
+        return decode(latents, **options)
+
+    monkeypatch.setattr(model, "decode", spy)
+    reconstruct = script.Reconstruction(model, latent_noise=0.5)
+    sound = 0.1 * torch.randn(2, 1, 5120, generator=torch.Generator().manual_seed(0))
+    _, posterior = reconstruct(sound, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    latents = posterior.sample(generator)
+    assert torch.equal(seen[-1], add_latent_noise(latents, model.config.latents_std, 0.5, generator))
+    _, posterior = reconstruct(sound)
+    assert torch.equal(seen[-1], posterior.mode())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_learning_lowers_the_loss(script, tmp_path, monkeypatch, optimizer):
     """The same batch again and again."""
@@ -524,6 +544,8 @@ def test_the_result_is_pushed(script, sounds, tmp_path, monkeypatch, capsys):
         ({"tones": 1.5}, "--tones is 1.5: it must be from 0 to 1"),
         ({"degraded_share": "nan"}, "--degraded_share is nan: it must be from 0 to 1"),
         ({"kl_weight": -1}, "--kl_weight is -1.0: it must be 0 or more"),
+        ({"latent_noise": -1}, "--latent_noise is -1.0: it must be 0 or more"),
+        ({"latent_noise": 0.5}, "--latent_noise is in deviations of the latents of an --autoencoder: pass one"),
         ({"mel_weight": "nan"}, "--mel_weight is nan: it must be 0 or more"),
         ({"initialization_batches": -1}, "--initialization_batches is -1: it must be 0 or more"),
         ({"latent_channels": 0}, "--latent_channels is 0: it must be at least 1"),
