@@ -35,7 +35,8 @@ def _as_uint8(frame) -> np.ndarray:
     return np.rint(frame * 255.0).astype(np.uint8)
 
 
-def _check_audio(audio: np.ndarray, sampling_rate: int | None):
+def check_audio(audio: np.ndarray, sampling_rate: int | None):
+    """Raises a `ValueError` for what is no sound `(channels, samples)` from -1 to 1."""
     if audio.ndim != 2 or audio.shape[0] not in (1, 2) or audio.shape[1] == 0:
         raise ValueError(f"audio must have the shape (channels, samples) with 1 or 2 channels, not {audio.shape}")
     if not np.issubdtype(audio.dtype, np.floating):
@@ -48,7 +49,8 @@ def _check_audio(audio: np.ndarray, sampling_rate: int | None):
         raise ValueError(f"audio needs its sampling_rate, a whole number of samples a second, not {sampling_rate}")
 
 
-def _check_aac(sampling_rate: int):
+def check_aac(sampling_rate: int):
+    """Raises a `ValueError` for a rate that AAC does not have."""
     if sampling_rate not in _AAC_SAMPLING_RATES:
         known = ", ".join(map(str, _AAC_SAMPLING_RATES))
         raise ValueError(f"the sound of an .mp4 cannot have {sampling_rate} samples a second; use one of {known}")
@@ -76,7 +78,7 @@ def _write_mp4(
         stream.codec_context.color_trc = ColorTrc.BT709
         stream.codec_context.color_range = ColorRange.MPEG
         # Both streams must be known before the first packet is written.
-        sound = iter(()) if audio is None else _sound_packets(container, audio, sampling_rate)
+        sound = iter(()) if audio is None else sound_packets(container, audio, sampling_rate)
 
         def pictures() -> Iterator[av.Packet]:
             for index, frame in enumerate(frames):
@@ -90,11 +92,11 @@ def _write_mp4(
                 yield from stream.encode(picture)
             yield from stream.encode()
 
-        for packet in heapq.merge(pictures(), sound, key=_decoding_time):
+        for packet in heapq.merge(pictures(), sound, key=decoding_time):
             container.mux(packet)
 
 
-def _sound_packets(container, audio: np.ndarray, sampling_rate: int) -> Iterator:
+def sound_packets(container, audio: np.ndarray, sampling_rate: int) -> Iterator:
     """Adds a stream of AAC to an open `av` container and returns its packets, from time 0 on."""
     import av
 
@@ -114,7 +116,7 @@ def _sound_packets(container, audio: np.ndarray, sampling_rate: int) -> Iterator
     return packets()
 
 
-def _decoding_time(packet) -> Fraction:
+def decoding_time(packet) -> Fraction:
     """Seconds; the order of packets in a file that is played while it is read."""
     return (packet.pts if packet.dts is None else packet.dts) * packet.time_base
 
@@ -162,7 +164,8 @@ def _temporary_beside(path: Path) -> Path:
     return path.with_name(f".moviegen-{uuid.uuid4().hex}.tmp")
 
 
-def _write_atomically(path: Path, write: Callable[[Path], None]):
+def write_atomically(path: Path, write: Callable[[Path], None]):
+    """Has `write` write a temporary file beside `path`, which takes its place once it is complete."""
     temporary = _temporary_beside(path)
     try:
         write(temporary)
@@ -218,8 +221,8 @@ def save_video(
     if audio is not None:
         if extension != ".mp4":
             raise ValueError(f"a {extension} holds no sound; use .mp4, or leave the audio out")
-        _check_audio(audio, sampling_rate)
-        _check_aac(sampling_rate)
+        check_audio(audio, sampling_rate)
+        check_aac(sampling_rate)
 
     def write(temporary: Path):
         if extension == ".mp4":
@@ -229,7 +232,7 @@ def save_video(
         else:
             Image.fromarray(frames[0]).save(temporary, format="PNG")
 
-    _write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def save_audio(audio: np.ndarray, path: str | Path, sampling_rate: int, floating_point: bool = False):
@@ -246,7 +249,7 @@ def save_audio(audio: np.ndarray, path: str | Path, sampling_rate: int, floating
         OSError: If the file cannot be written.
     """
     check_output_path(path, overwrite=True, extensions=AUDIO_EXTENSIONS)
-    _check_audio(audio, sampling_rate)
+    check_audio(audio, sampling_rate)
     content = io.BytesIO()
     if floating_point:
         _write_float_wav(audio, content, sampling_rate)
@@ -256,7 +259,7 @@ def save_audio(audio: np.ndarray, path: str | Path, sampling_rate: int, floating
             file.setsampwidth(2)
             file.setframerate(sampling_rate)
             file.writeframes(np.rint(audio.T * 32767).astype("<i2").tobytes())
-    _write_atomically(Path(path), lambda temporary: temporary.write_bytes(content.getbuffer()))
+    write_atomically(Path(path), lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def _write_float_wav(audio: np.ndarray, file: io.BytesIO, sampling_rate: int):

@@ -1,6 +1,6 @@
 """Reads films that are to be given a sound, and sounds that are to be continued; writes films with a new sound.
 
-What is read is read as for training, see `training.media_dataset`; pictures are copied untouched.
+What is read is read as for training, see `media_reading`; pictures are copied untouched.
 """
 
 import heapq
@@ -16,23 +16,23 @@ from pathlib import Path
 import numpy as np
 
 from .media import (
-    _check_aac,
-    _check_audio,
-    _decoding_time,
-    _sound_packets,
-    _write_atomically,
+    check_aac,
+    check_audio,
     check_output_path,
+    decoding_time,
+    sound_packets,
+    write_atomically,
 )
-from .training.media_dataset import (
-    _FORMATS,
+from .media_reading import (
+    CONTAINER_FORMATS,
     MediaError,
-    _display_matrix,
-    _frames,
-    _open_film,
-    _pixel_aspect,
-    _resize_and_crop,
-    _upright_frame,
+    decode_frames,
+    display_matrix,
+    open_film,
     probe_media,
+    read_pixel_aspect,
+    resize_and_crop,
+    upright_frame,
 )
 
 
@@ -64,7 +64,9 @@ def load_audio(path: str | Path) -> tuple[np.ndarray, int]:
     _check_source(path)
     parts = []
     try:
-        with av.open(str(path), options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
+        with av.open(
+            str(path), options={"format_whitelist": CONTAINER_FORMATS}, metadata_errors="replace"
+        ) as container:
             if not container.streams.audio:
                 raise ValueError(f"{path} has no sound")
             stream = container.streams.audio[0]
@@ -138,7 +140,7 @@ def probe_film(path: str | Path) -> FilmInfo:
         info = probe_media(path)
         if info.duration is None:
             raise MediaError("a picture, not a film")
-        container, stream = _open_film(path)
+        container, stream = open_film(path)
         with container, av.open(io.BytesIO(), "w", format="mp4") as copy:
             codec = stream.codec_context.name
             try:
@@ -187,7 +189,7 @@ def read_film(film: FilmInfo) -> Iterator[np.ndarray]:
 
     count = min(max(_PART_BYTES // (3 * film.height * film.width), 1), _PART_FRAMES)
     try:
-        container, stream = _open_film(film.path)
+        container, stream = open_film(film.path)
         with container:
             pictures = _pictures(film, container, stream)
             while part := list(itertools.islice(pictures, count)):
@@ -203,10 +205,10 @@ def _pictures(film: FilmInfo, container, stream) -> Iterator[np.ndarray]:
     # A clock of 1 ms counts 24 frames a second as 0, 42, 83 ms: "at or before" must not miss a frame by its rounding.
     # A clock of one tick a frame rounds nothing.
     tolerance = tick / 2 if tick <= Fraction(1, 100) else 0
-    frames = _frames(container, stream)
+    frames = decode_frames(container, stream)
     frame = next(frames)
-    matrix = _display_matrix(frame)
-    pixel_aspect, begin = _pixel_aspect(stream, matrix), frame.pts * tick
+    matrix = display_matrix(frame)
+    pixel_aspect, begin = read_pixel_aspect(stream, matrix), frame.pts * tick
     filled = 0
     while frame is not None and filled < film.num_frames:
         following = next(frames, None)
@@ -215,7 +217,7 @@ def _pictures(film: FilmInfo, container, stream) -> Iterator[np.ndarray]:
         if following is not None:
             end = min(math.ceil((following.pts * tick - begin - tolerance) * rate), end)
         if end > filled:
-            pixels = _resize_and_crop(_upright_frame(frame, matrix), film.height, film.width, pixel_aspect)
+            pixels = resize_and_crop(upright_frame(frame, matrix), film.height, film.width, pixel_aspect)
             yield from itertools.repeat(pixels, end - filled)
             filled = end
         frame = following
@@ -244,9 +246,9 @@ def save_scored_film(film: FilmInfo, path: str | Path, audio: np.ndarray, sampli
     """
     check_output_path(path, overwrite=True, extensions=(".mp4",))
     check_not_itself(film.path, path)
-    _check_audio(audio, sampling_rate)
-    _check_aac(sampling_rate)
-    _write_atomically(Path(path), lambda temporary: _write_scored_mp4(film, temporary, audio, sampling_rate))
+    check_audio(audio, sampling_rate)
+    check_aac(sampling_rate)
+    write_atomically(Path(path), lambda temporary: _write_scored_mp4(film, temporary, audio, sampling_rate))
 
 
 def check_not_itself(film: str | Path, path: str | Path):
@@ -258,10 +260,10 @@ def check_not_itself(film: str | Path, path: str | Path):
 def _write_scored_mp4(film: FilmInfo, path: Path, audio: np.ndarray, sampling_rate: int):
     import av
 
-    container, stream = _open_film(film.path)
+    container, stream = open_film(film.path)
     with container:
-        origin = next(_frames(container, stream)).pts
-    source, stream = _open_film(film.path)
+        origin = next(decode_frames(container, stream)).pts
+    source, stream = open_film(film.path)
     clock = stream.time_base.denominator
     options = {
         "movflags": "+faststart",
@@ -280,8 +282,8 @@ def _write_scored_mp4(film: FilmInfo, path: Path, audio: np.ndarray, sampling_ra
             container.metadata.update(
                 {name: value for name, value in source.metadata.items() if name not in _CONTAINER_TAGS}
             )
-            sound = _sound_packets(container, audio, sampling_rate)
-            for packet in heapq.merge(_shown_packets(source, stream, copy, origin), sound, key=_decoding_time):
+            sound = sound_packets(container, audio, sampling_rate)
+            for packet in heapq.merge(_shown_packets(source, stream, copy, origin), sound, key=decoding_time):
                 container.mux(packet)
     except av.FFmpegError as error:
         if isinstance(error, OSError):

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from diffusers_moviegen import AutoencoderDACVAE, MovieGenAudioPipeline
+from diffusers_moviegen.media_reading import open_film
 from diffusers_moviegen.pipelines.audio_conditioning import resample_frame_features
 from diffusers_moviegen.pipelines.pipeline_moviegen_audio import CONTROL_PREFIX
 from diffusers_moviegen.pipelines.prompt_encoding import encode_texts
@@ -62,7 +63,6 @@ from diffusers_moviegen.training import (
     run_script,
 )
 from diffusers_moviegen.training.latent_cache import FORMAT, REPORT_FILE
-from diffusers_moviegen.training.media_dataset import _open_film
 
 
 PLAN_FILE = "plan.json"
@@ -270,7 +270,7 @@ def plan_media(args: Arguments, rows: list[MediaRow], report: MediaReport) -> li
 def sound_beside(source: str | bytes, start: float, num_samples: int) -> torch.Tensor:
     """The sound `(1, num_samples)` of a film from `start` seconds after its first frame on, silent where it ends."""
     sound = read_sound(source, SAMPLING_RATE)
-    container, film = _open_film(source)
+    container, film = open_film(source)
     with container:
         track = container.streams.audio[0]
         if film.start_time is None or track.start_time is None:

@@ -1,5 +1,6 @@
 """What the scripts in `training_examples/` share."""
 
+from ..media_reading import MediaError, MediaInfo, probe_media, read_media
 from .arguments import (
     TrainingStopped,
     check_mixed_precision,
@@ -46,8 +47,6 @@ from .losses import (
 from .lr_schedules import HalveOnPlateau
 from .media_dataset import (
     MediaDataset,
-    MediaError,
-    MediaInfo,
     MediaMember,
     MediaReport,
     MediaRow,
@@ -55,8 +54,6 @@ from .media_dataset import (
     MediaStream,
     collate_media,
     list_media,
-    probe_media,
-    read_media,
 )
 from .media_loaders import BucketLoader, StreamLoader
 from .muon import Muon

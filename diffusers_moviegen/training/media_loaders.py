@@ -17,9 +17,10 @@ import torch.distributed as dist
 from diffusers.utils import logging
 from torch.utils.data import DataLoader
 
+from ..media_reading import MediaError
 from .buckets import Bucket, BucketSampler
 from .latent_cache import LatentCache
-from .media_dataset import MediaDataset, MediaError, MediaReport, MediaStream, collate_media
+from .media_dataset import MediaDataset, MediaReport, MediaStream, collate_media
 
 
 logger = logging.get_logger(__name__)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .media_dataset import FILM_EXTENSIONS, SOUND_EXTENSIONS, MediaError, MediaMember, list_media
+from ..media_reading import MediaError
+from .media_dataset import FILM_EXTENSIONS, SOUND_EXTENSIONS, MediaMember, list_media
 
 
-# As in `media_dataset`: formats that could open other files are not among them.
+# As in `media_reading`: formats that could open other files are not among them.
 _FORMATS = "aac,aiff,asf,avi,flac,flv,m4v,matroska,mov,mp3,mpeg,mpegts,mxf,nut,ogg,wav"
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from diffusers_moviegen.media import save_audio
+from diffusers_moviegen.media_reading import MediaError
 from diffusers_moviegen.training import SoundDataset, read_sound
-from diffusers_moviegen.training.media_dataset import MediaError
 from tests.training.films import grey_frames, write_film
 
 
