@@ -120,3 +120,8 @@ def film_packets(path):
 
 def psnr(first, second):
     return 10 * np.log10(255**2 / np.mean((first.astype(np.float64) - second) ** 2))
+
+
+def noise(height, width, channels=3, seed=0):
+    """Any picture, uint8 `(height, width, channels)`."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)

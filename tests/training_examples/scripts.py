@@ -73,6 +73,18 @@ def run_and_record_losses(script: ModuleType, monkeypatch, stop_after: int | Non
     return losses
 
 
+def record_decoded(model, monkeypatch) -> list[Tensor]:
+    """A list to which the latents are added that an autoencoder decodes from now on."""
+    decoded, decode = [], model.decode
+
+    def spy(latents, **options):
+        decoded.append(latents)
+        return decode(latents, **options)
+
+    monkeypatch.setattr(model, "decode", spy)
+    return decoded
+
+
 def run_without_av_and_datasets(name: str, folder: Path, num_processes: int = 1, **arguments) -> None:
     """Runs a script in processes of its own in which PyAV and datasets cannot be imported."""
     launcher = folder / "launch.py"

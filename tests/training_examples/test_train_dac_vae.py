@@ -20,7 +20,7 @@ from diffusers_moviegen.media import save_audio
 from diffusers_moviegen.toybox.vocabulary import is_sound_held_out
 from diffusers_moviegen.training import add_latent_noise, latent_kl
 from tests.hub_server import WRITE_TOKEN, HubServer
-from tests.training_examples.scripts import load_script, run, run_and_record_losses
+from tests.training_examples.scripts import load_script, record_decoded, run, run_and_record_losses
 
 
 MODEL = {
@@ -312,13 +312,7 @@ def test_an_autoencoder_to_start_from_brings_its_own_sizes(script, sounds, tmp_p
 def test_noise_in_the_latents_that_are_decoded(script, finished_run, monkeypatch):
     """Of the posterior it is not part, and without a generator there is none."""
     model = AutoencoderDACVAE.from_pretrained(finished_run[0] / "vae")
-    seen, decode = [], model.decode
-
-    def spy(latents, **options):
-        seen.append(latents)
-        return decode(latents, **options)
-
-    monkeypatch.setattr(model, "decode", spy)
+    seen = record_decoded(model, monkeypatch)
     reconstruct = script.Reconstruction(model, latent_noise=0.5)
     sound = 0.1 * torch.randn(2, 1, 5120, generator=torch.Generator().manual_seed(0))
     _, posterior = reconstruct(sound, torch.Generator().manual_seed(1))

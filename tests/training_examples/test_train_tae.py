@@ -33,6 +33,7 @@ from tests.training_examples.scripts import (
     EXAMPLES,
     command_line,
     load_script,
+    record_decoded,
     run,
     run_and_record_losses,
     run_without_av_and_datasets,
@@ -304,13 +305,7 @@ def test_noise_in_the_latents_that_are_decoded(script, video_run, monkeypatch):
     """The latents are returned without it, and without a generator there is none."""
     model = AutoencoderKLMovieGen.from_pretrained(video_run[0] / "vae")
     model.register_to_config(latents_std=[1.0 + channel for channel in range(model.config.latent_channels)])
-    seen, decode = [], model.decode
-
-    def spy(latents, **options):
-        seen.append(latents)
-        return decode(latents, **options)
-
-    monkeypatch.setattr(model, "decode", spy)
+    seen = record_decoded(model, monkeypatch)
     reconstruct = script.Reconstruction(model, latent_noise=0.5)
     video = torch.rand(2, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     _, posterior, latents = reconstruct(video, torch.Generator().manual_seed(1))
