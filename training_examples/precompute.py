@@ -39,7 +39,7 @@ from diffusers_moviegen.toybox.captions import (
 )
 from diffusers_moviegen.toybox.data import LOOKS, SPLITS, Sampler
 from diffusers_moviegen.toybox.scenes import SIZES
-from diffusers_moviegen.toybox.vocabulary import MOTIONS
+from diffusers_moviegen.toybox.vocabulary import MOTIONS, SHAPES
 from diffusers_moviegen.training import (
     Bucket,
     Buckets,
@@ -82,6 +82,10 @@ class Arguments:
     num_videos: int = field(default=0, metadata={"help": "films of Toybox to draw"})
     split: str = field(default="train", metadata={"help": "of Toybox: train or held_out", "choices": list(SPLITS)})
     looks: list[str] = field(default_factory=lambda: ["core"], metadata={"help": f"of Toybox: {', '.join(LOOKS)}"})
+    shape_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how likely one object of Toybox has this shape, such as ring=2; 1 for the others"},
+    )
     motion_weights: list[str] = field(
         default_factory=list,
         metadata={"help": "how likely one object of Toybox's films moves so, such as spins=6; 1 for the others"},
@@ -119,8 +123,8 @@ class Arguments:
         if self.seed < 0 or self.num_workers < 0:
             raise ValueError("--seed and --num_workers must be 0 or more.")
         if not self.toybox:
-            if self.motion_weights:
-                raise ValueError("--motion_weights says how Toybox is drawn: add --toybox.")
+            if self.shape_weights or self.motion_weights:
+                raise ValueError("--shape_weights and --motion_weights say how Toybox is drawn: add --toybox.")
             if self.num_images or self.num_videos:
                 raise ValueError("--num_images and --num_videos count samples of Toybox: add --toybox.")
             return
@@ -132,6 +136,7 @@ class Arguments:
             raise ValueError("--num_windows, --film_part and --exclude are for --data: leave them out with --toybox.")
         if self.motion_weights and not self.num_videos:
             raise ValueError("--motion_weights does nothing for pictures: add --num_videos.")
+        parse_weights("shape_weights", self.shape_weights, SHAPES)
         parse_weights("motion_weights", self.motion_weights, MOTIONS)
         unknown = [look for look in self.looks if look not in LOOKS]
         if unknown or not self.looks:
@@ -209,10 +214,12 @@ def plan_media(args: Arguments, rows: list[MediaRow], buckets: Buckets, report: 
 def toybox_sampler(args: Arguments, bucket: Bucket) -> Sampler:
     num_frames, height, width = bucket
     task = "text_to_image" if num_frames == 1 else "text_to_video"
-    weights = {look: LOOKS[look] for look in args.looks}
-    motions = parse_weights("motion_weights", args.motion_weights, MOTIONS) if num_frames > 1 else None
+    looks = {look: LOOKS[look] for look in args.looks}
+    likely = parse_weights("shape_weights", args.shape_weights, SHAPES)
+    if num_frames > 1:
+        likely |= parse_weights("motion_weights", args.motion_weights, MOTIONS)
     size = height, width, num_frames, args.frame_rate
-    return Sampler(task, args.split, args.seed, *size, weights, paired=False, motion_weights=motions)
+    return Sampler(task, args.split, args.seed, *size, looks, paired=False, weights=likely)
 
 
 def toybox_captions(words: dict[str, Any], is_image: bool, rng: random.Random) -> list[str]:

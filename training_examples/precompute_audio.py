@@ -187,7 +187,7 @@ def draw_film(args: Arguments, index: int, num_latents: int, latent_rate: float)
     sizes = {"height": args.height, "width": args.width}
     sizes |= {"num_frames": round(args.film_seconds * frame_rate), "frame_rate": frame_rate}
     motions = parse_weights("motion_weights", args.motion_weights, MOTIONS)
-    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False, motion_weights=motions)
+    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False, weights=motions)
     words = sampler.draw_words(index)[1]
     shape, motion, background, quality = (words[name] for name in ("shape", "motion", "background", "quality"))
     if args.degraded_share is not None:

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.pixels import draw_pixels
 from diffusers_moviegen.toybox.scenes import SIZES
-from diffusers_moviegen.toybox.vocabulary import MOTIONS
+from diffusers_moviegen.toybox.vocabulary import MOTIONS, SHAPES
 from diffusers_moviegen.training import (
     BucketLoader,
     Buckets,
@@ -82,7 +82,7 @@ logger = logging.get_logger(__name__)
 
 
 # What the random numbers of a step are for, see `step_generator`.
-PIXELS, POSTERIOR, STATISTICS, VALIDATION, SHAPES = range(5)
+PIXELS, POSTERIOR, STATISTICS, VALIDATION, FORMATS = range(5)
 
 
 @dataclass
@@ -122,6 +122,10 @@ class Arguments:
             "help": "share of Toybox's batches in all looks, edited, and with several objects in any colours; the "
             "others have single objects on flat grounds"
         },
+    )
+    shape_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how likely Toybox's single objects have this shape, such as ring=2; 1 for the others"},
     )
     motion_weights: list[str] = field(
         default_factory=list,
@@ -207,10 +211,10 @@ class Arguments:
             )
         if len(self.toybox_to_data) != 2 or min(self.toybox_to_data) < 1:
             raise ValueError(f"--toybox_to_data is {self.toybox_to_data}: pass two numbers of turns such as 3 1.")
-        if not self.toybox and (self.toybox_frame_rates or self.toybox_resolutions or self.motion_weights):
+        if not self.toybox and (self.toybox_frame_rates or self.toybox_resolutions or self.drawing_weights()):
             raise ValueError(
-                "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add "
-                "--toybox."
+                "--toybox_frame_rates, --toybox_resolutions, --shape_weights and --motion_weights say how Toybox is "
+                "drawn: add --toybox."
             )
         if not all(0 < rate < math.inf for rate in self.toybox_frame_rates):
             raise ValueError(f"--toybox_frame_rates {self.toybox_frame_rates}: they must be above 0 frames a second.")
@@ -222,8 +226,11 @@ class Arguments:
             raise ValueError("--toybox draws one size and length: pass one of --aspect_ratios and one of --lengths.")
         if not 0 <= self.varied_share <= 1:
             raise ValueError(f"--varied_share is {self.varied_share}: it must be from 0 to 1.")
-        if self.parse_motion_weights() and self.varied_share == 1:
-            raise ValueError("--motion_weights does nothing with --varied_share 1: lower it to draw single objects.")
+        if self.drawing_weights() and self.varied_share == 1:
+            raise ValueError(
+                "--shape_weights and --motion_weights do nothing with --varied_share 1: lower it to draw single "
+                "objects."
+            )
         if self.toybox and self.image_batch_size % 2:
             raise ValueError(
                 f"--image_batch_size is {self.image_batch_size}: use a multiple of 2, every scene gives two pictures."
@@ -266,9 +273,10 @@ class Arguments:
         images, videos = self.images_to_videos
         return self.stage == "image" or step % (images + videos) < images
 
-    def parse_motion_weights(self) -> dict[str, float]:
-        """Weight of each motion that `--motion_weights` names."""
-        return parse_weights("motion_weights", self.motion_weights, MOTIONS)
+    def drawing_weights(self) -> dict[str, float]:
+        """Weights by name of the shapes and motions that the options name."""
+        shapes = parse_weights("shape_weights", self.shape_weights, SHAPES)
+        return shapes | parse_weights("motion_weights", self.motion_weights, MOTIONS)
 
     def takes_toybox(self, step: int) -> bool:
         """Whether `step` is one of drawn scenes. A turn has the pictures and clips of `images_to_videos`."""
@@ -397,7 +405,7 @@ def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stre
     """
     shapes = toybox_shapes(args, buckets)
     # All processes draw the same shape, so that none has to wait.
-    generator = step_generator(args.seed, number, stream=SHAPES)
+    generator = step_generator(args.seed, number, stream=FORMATS)
     height, width, frame_rate = shapes[torch.randint(len(shapes), (), generator=generator).item()]
     varied_draw = torch.rand((), generator=generator).item()
     share = math.prod(buckets.sizes[0]) / (height * width)
@@ -412,7 +420,7 @@ def draw_batch(args: Arguments, buckets: Buckets, accelerator: Accelerator, stre
     video = draw_pixels(
         *(count, num_frames, height, width, frame_rate, generator, accelerator.device),
         varied=trains and varied_draw < args.varied_share,
-        motion_weights=args.parse_motion_weights() if trains else None,
+        weights=args.drawing_weights() if trains else None,
     )
     return {"video": video, "name": [f"Toybox batch {number}"]}
 

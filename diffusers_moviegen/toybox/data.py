@@ -20,7 +20,7 @@ from .edits import draw_edits, render_edits, task_of
 from .people import EXPRESSIONS, HAIR_STYLES, PERSON_TRAVEL, draw_people, redraw_pose, render_people, render_references
 from .scenes import SIZES, TOUCH_RATES, TRAVEL, draw_scenes, draw_two_object_scenes, render, trajectories
 from .sounds import FILM_MOTIONS, MIN_DURATION, MOTION_DURATION, SAMPLING_RATE, strike_times, synthesize
-from .vocabulary import AMBIENCES, COLOURS, EVENTS, VOICES, is_held_out
+from .vocabulary import AMBIENCES, COLOURS, EVENTS, MOTIONS, SHAPES, VOICES, is_held_out
 
 
 TASKS = ("text_to_image", "text_to_video", "audio", "personalize", "edit", "upscale")
@@ -62,8 +62,8 @@ def _tuple(words: dict[str, str], background: str) -> tuple[str, str, str, str]:
 class Sampler:
     """Draws and renders the samples of a dataset: the function that [`dataset`] maps over batches of indices.
 
-    Attributes are the arguments of [`dataset`], with its defaults filled in, and `motion_weights`: how likely, for
-    text_to_video and audio, one object moves in each way, 1 where it is not named.
+    Attributes are the arguments of [`dataset`], with its defaults filled in, and `weights`: how likely the shape and
+    motion of a sample's one object are, by name; 1 for those it does not name.
     """
 
     task: str
@@ -75,7 +75,7 @@ class Sampler:
     frame_rate: float
     looks: dict[str, float]
     paired: bool
-    motion_weights: dict[str, float] | None = None
+    weights: dict[str, float] | None = None
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list]:
         """Samples of the indices `batch["index"]`, as columns of the keys that [`dataset`] lists."""
@@ -129,11 +129,15 @@ class Sampler:
         return caption, words | {"look": look}
 
     def _accepts(self, words: dict, rng: random.Random) -> bool:
-        """Whether words that were drawn are used: as often as their motion is likely."""
-        if not self.motion_weights or "motion" not in words:
+        """Whether words that were drawn are used: as often as their shape and motion are likely."""
+        if not self.weights or "shape" not in words:
             return True
-        likeliest = max(1, *self.motion_weights.values())
-        return rng.random() * likeliest < self.motion_weights.get(words["motion"], 1)
+        likelihood, likeliest = 1.0, 1.0
+        for key, options in (("shape", SHAPES), ("motion", MOTIONS)):
+            if key in words:
+                likelihood *= self.weights.get(words[key], 1)
+                likeliest *= max(self.weights.get(option, 1) for option in options)
+        return rng.random() * likeliest < likelihood
 
     def _clip(self) -> dict[str, float]:
         sizes = {"num_frames": self.num_frames, "frame_rate": self.frame_rate}

@@ -132,7 +132,7 @@ def draw_pixels(
     device: str | torch.device,
     varied: bool = False,
     held_out: bool = False,
-    motion_weights: dict[str, float] | None = None,
+    weights: dict[str, float] | None = None,
 ) -> torch.Tensor:
     """Pictures or clips of scenes that `generator` alone decides.
 
@@ -146,7 +146,7 @@ def draw_pixels(
         varied: all looks and edits, and several objects in any colours, of the training split, instead of the core
             scenes of one split.
         held_out: the split of those.
-        motion_weights: of those, see [`~scenes.sample_tuples`].
+        weights: of those, see [`~scenes.sample_tuples`].
 
     Returns:
         `torch.Tensor` of shape `(count, 3, num_frames, height, width)`, uint8.
@@ -163,7 +163,7 @@ def draw_pixels(
         if varied:
             scenes = draw_varied_scenes(num_scenes, generator, height, width)
         else:
-            tuples = sample_tuples(num_scenes, generator, held_out=held_out, motion_weights=motion_weights)
+            tuples = sample_tuples(num_scenes, generator, held_out=held_out, weights=weights)
             scenes = draw_scenes(tuples, generator)
         video = render(scenes, num_frames, frame_rate, height, width, device)
         if varied:

@@ -136,16 +136,19 @@ def sample_tuples(
     generator: torch.Generator,
     held_out: bool = False,
     motions: tuple[str, ...] = MOTIONS,
-    motion_weights: dict[str, float] | None = None,
+    weights: dict[str, float] | None = None,
 ) -> list[tuple[str, str, str, str]]:
     """Draws `count` one-object tuples of a split with replacement.
 
-    All are equally likely, or as likely as the weight of their motion, 1 where `motion_weights` does not name it.
+    All are equally likely, or as likely as the product of the weights of their shape and motion, 1 for those that
+    `weights` does not name.
     """
     tuples = core_tuples(held_out, motions)
-    if motion_weights:
-        weights = torch.tensor([float(motion_weights.get(words[2], 1)) for words in tuples])
-        picks = torch.multinomial(weights, count, replacement=True, generator=generator)
+    if weights:
+        likely = torch.tensor(
+            [float(weights.get(shape, 1) * weights.get(motion, 1)) for _, shape, motion, _ in tuples]
+        )
+        picks = torch.multinomial(likely, count, replacement=True, generator=generator)
     else:
         picks = torch.randint(len(tuples), (count,), generator=generator)
     return [tuples[i] for i in picks.tolist()]

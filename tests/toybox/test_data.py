@@ -409,21 +409,23 @@ def test_looks_can_be_chosen():
     assert set(looks) == {"core", "text"} and 200 < looks["text"] < 300
 
 
-def test_motions_are_drawn_by_their_weights():
-    """Against the tuples counted one by one; looks of several objects have no motion of their own."""
-    weights = {"spins": 4, "bounces": 4, "grows": 0.5}
+def test_shapes_and_motions_are_drawn_by_their_weights():
+    """Against the tuples counted one by one; looks of several objects have none of their own."""
+    weights = {"spins": 4, "bounces": 4, "grows": 0.5, "ring": 2}
     parts = {"task": "text_to_video", "split": "train", "seed": 5, "height": 64, "width": 64, "num_frames": 16}
     parts |= {"frame_rate": 8, "looks": {"core": 1}, "paired": False}
-    plain, weighted = Sampler(**parts), Sampler(**parts, motion_weights=weights)
-    drawn = Counter(weighted.draw_words(index)[1]["motion"] for index in range(4000))
-    tuples = Counter(words[2] for words in core_tuples(held_out=False))
-    total = sum(count * weights.get(motion, 1) for motion, count in tuples.items())
-    for motion, count in tuples.items():
-        assert drawn[motion] / 4000 == pytest.approx(count * weights.get(motion, 1) / total, abs=0.03), motion
-    assert [plain.draw_words(0)] == [Sampler(**parts, motion_weights={}).draw_words(0)]
-    sounds = Sampler(**parts | {"task": "audio"}, motion_weights={"bounces": 1e6})
+    plain, weighted = Sampler(**parts), Sampler(**parts, weights=weights)
+    samples = [weighted.draw_words(index)[1] for index in range(4000)]
+    for key, place in (("shape", 1), ("motion", 2)):
+        drawn, expected = Counter(words[key] for words in samples), Counter()
+        for words in core_tuples(held_out=False):
+            expected[words[place]] += weights.get(words[1], 1) * weights.get(words[2], 1)
+        for word, weight in expected.items():
+            assert drawn[word] / 4000 == pytest.approx(weight / expected.total(), abs=0.03), word
+    assert [plain.draw_words(0)] == [Sampler(**parts, weights={}).draw_words(0)]
+    sounds = Sampler(**parts | {"task": "audio"}, weights={"bounces": 1e6})
     assert {sounds.draw_words(index)[1]["motion"] for index in range(20)} == {"bounces"}
-    several = Sampler(**parts | {"looks": {"two_objects": 1}}, motion_weights=weights)
+    several = Sampler(**parts | {"looks": {"two_objects": 1}}, weights=weights)
     assert several.draw_words(3) == Sampler(**parts | {"looks": {"two_objects": 1}}).draw_words(3)
 
 

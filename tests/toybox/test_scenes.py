@@ -365,17 +365,19 @@ def test_training_never_draws_held_out_tuples():
     assert set(still) == set(core_tuples(True, ("stays still",)))
 
 
-def test_tuples_of_weighted_motions():
+def test_tuples_of_weighted_shapes_and_motions():
     generator = torch.Generator().manual_seed(0)
-    drawn = sample_tuples(10_000, generator, motion_weights={"spins": 6, "bounces": 3, "grows": 0})
-    tuples = core_tuples(False)
-    assert set(drawn) <= set(tuples)
-    counts = Counter(words[2] for words in tuples)
-    expected = {motion: counts[motion] * {"spins": 6, "bounces": 3, "grows": 0}.get(motion, 1) for motion in counts}
-    for motion, weight in expected.items():
-        share = weight / sum(expected.values())
+    weights = {"ring": 2, "spins": 6, "bounces": 3, "grows": 0}
+    drawn = sample_tuples(10_000, generator, weights=weights)
+    assert set(drawn) <= set(core_tuples(False))
+    expected = Counter()
+    for _, shape, motion, _ in core_tuples(False):
+        expected[shape, motion] += weights.get(shape, 1) * weights.get(motion, 1)
+    counts = Counter(words[1:3] for words in drawn)
+    for kind, weight in expected.items():
+        share = weight / expected.total()
         # Four standard deviations.
-        assert abs(Counter(words[2] for words in drawn)[motion] - 10_000 * share) <= 4 * math.sqrt(10_000 * share)
+        assert abs(counts[kind] - 10_000 * share) <= 4 * math.sqrt(10_000 * share), kind
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (96, 64), (128, 192)])

@@ -158,11 +158,13 @@ def test_toybox_of_all_looks_sizes_and_lengths(pipeline_folder, tmp_path):
     assert all(sample.name.startswith("text_to_video/held_out/3/") for sample in cache.samples)
 
 
-def test_motions_by_their_weights(pipeline_folder, tmp_path):
-    """A weight that leaves nothing else, for films; pictures of the same cache stay still."""
-    folder = make_cache(tmp_path / "cache", pipeline_folder, 4, 12, motion_weights=["spins=100000"])
+def test_shapes_and_motions_by_their_weights(pipeline_folder, tmp_path):
+    """Weights that leave nothing else; the pictures of the same cache stay still."""
+    weights = {"shape_weights": ["star=100000"], "motion_weights": ["spins=100000"]}
+    folder = make_cache(tmp_path / "cache", pipeline_folder, 4, 12, **weights)
     captions = [sample.captions[0] for sample in LatentCache([folder]).samples]
-    assert sum(" spins on " in caption for caption in captions) == 12 and len(captions) == 16
+    assert sum(" star spins on " in caption for caption in captions) == 12
+    assert sum(" star on " in caption for caption in captions) == 4 and len(captions) == 16
 
 
 def test_two_processes_share_the_shards(pipeline_folder, tmp_path):
@@ -489,7 +491,15 @@ def test_an_autoencoder_without_statistics_is_refused(pipeline_folder, tmp_path,
             "--motion_weights: there is no 'jumps'; choose from stays still",
         ),
         ({"motion_weights": ["spins=2"], "num_videos": 0}, "--motion_weights does nothing for pictures"),
-        ({"toybox": False, "data": "clips", "motion_weights": ["spins=2"]}, "--motion_weights says how Toybox is"),
+        (
+            {"toybox": False, "data": "clips", "motion_weights": ["spins=2"]},
+            "--shape_weights and --motion_weights say how",
+        ),
+        (
+            {"toybox": False, "data": "clips", "shape_weights": ["ring=2"]},
+            "--shape_weights and --motion_weights say how",
+        ),
+        ({"shape_weights": ["heart=2"]}, "--shape_weights: there is no 'heart'; choose from circle"),
         ({"looks": ["core", "cubes"]}, "--looks is .*cubes.*: use some of core, phrasing"),
         ({"looks": ["camera"]}, "--looks: there is no 'camera' in single frames"),
         ({"looks": ["person"]}, "--looks: there is no 'person'"),

@@ -749,12 +749,12 @@ def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
     monkeypatch.setattr(
         script,
         "draw_pixels",
-        lambda *_, **options: (varied.append(options["varied"]), weights.update({stream: options["motion_weights"]})),
+        lambda *_, **options: (varied.append(options["varied"]), weights.update({stream: options["weights"]})),
     )
     buckets = script.Buckets(36, (1.25,), (9,), 8)
     for share, fewest, most in ((0, 0, 0), (0.25, 70, 130), (1, 400, 400)):
-        motion_weights = ["spins=6", "moves left=0.5"] if share < 1 else []
-        args = mixed_arguments(script, clips, data=None, varied_share=share, motion_weights=motion_weights)
+        likely = {"shape_weights": ["ring=2"], "motion_weights": ["spins=6", "moves left=0.5"]} if share < 1 else {}
+        args = mixed_arguments(script, clips, data=None, varied_share=share, **likely)
         by_rank = []
         for rank, stream in ((0, script.PIXELS), (1, script.PIXELS), (0, script.STATISTICS)):
             varied.clear()
@@ -764,7 +764,7 @@ def test_a_share_of_the_batches_is_varied(script, clips, monkeypatch):
             by_rank.append(list(varied))
         assert by_rank[0] == by_rank[1] and fewest <= sum(by_rank[0]) <= most
         assert not any(by_rank[2])
-        expected = {"spins": 6, "moves left": 0.5} if share < 1 else {}
+        expected = {"ring": 2, "spins": 6, "moves left": 0.5} if share < 1 else {}
         assert weights == {script.PIXELS: expected, script.STATISTICS: None}
 
 
@@ -985,8 +985,10 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"motion_weights": ["spins"]}, "--motion_weights: 'spins' is no name and its weight, such as spins=6"),
         ({"motion_weights": ["jumps=2"]}, "--motion_weights: there is no 'jumps'; choose from stays still"),
         ({"motion_weights": ["spins=0"]}, "--motion_weights: 'spins=0' has a weight that is not above 0"),
-        ({"motion_weights": ["spins=6"]}, "--motion_weights does nothing with --varied_share 1"),
+        ({"shape_weights": ["heart=2"]}, "--shape_weights: there is no 'heart'; choose from circle"),
+        ({"motion_weights": ["spins=6"]}, "--shape_weights and --motion_weights do nothing with --varied_share 1"),
         ({"toybox": False, "data": "clips", "motion_weights": ["spins=2"]}, "--motion_weights say how Toybox is"),
+        ({"toybox": False, "data": "clips", "shape_weights": ["ring=2"]}, "--motion_weights say how Toybox is"),
         ({"toybox_to_data": [3]}, r"--toybox_to_data is \[3\]: pass two numbers of turns such as 3 1"),
         ({"toybox_to_data": [0, 1]}, r"--toybox_to_data is \[0, 1\]: pass two numbers of turns such as 3 1"),
         ({"toybox_resolutions": [64, 32]}, r"--toybox_resolutions \[64, 32\]: Toybox is drawn at 64 and 128"),
@@ -994,11 +996,11 @@ def test_the_result_is_pushed_and_inflated_from_the_hub(script, image_run, clips
         ({"toybox_frame_rates": "nan"}, r"--toybox_frame_rates \[nan\]: they must be above 0 frames a second"),
         (
             {"toybox": False, "data": "clips", "toybox_frame_rates": 8},
-            "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add --toybox",
+            "--toybox_frame_rates, --toybox_resolutions, --shape_weights and --motion_weights say how Toybox is drawn",
         ),
         (
             {"toybox": False, "data": "clips", "toybox_resolutions": 64},
-            "--toybox_frame_rates, --toybox_resolutions and --motion_weights say how Toybox is drawn: add --toybox",
+            "--toybox_frame_rates, --toybox_resolutions, --shape_weights and --motion_weights say how Toybox is drawn",
         ),
         ({"validation_data": "clips"}, "--validation_data and --exclude are for --data"),
         ({"exclude": ["a*"]}, "--validation_data and --exclude are for --data"),
