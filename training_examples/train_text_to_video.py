@@ -147,7 +147,7 @@ class Arguments:
     num_frames: int | None = None
     frame_rate: float | None = None
     guidance_scale: float = field(default=7.5, metadata={"help": "of the sample sheets and of the saved pipeline"})
-    num_inference_steps: int = field(default=25, metadata={"help": "steps of the sample sheets"})
+    num_inference_steps: int = field(default=50, metadata={"help": "of the sample sheets and of the saved pipeline"})
     validation_steps: int = field(default=500, metadata={"help": "steps between two lines of figures"})
     num_validation_samples: int = field(default=4, metadata={"help": "rows of the sample sheets; 0: none are drawn"})
     checkpointing_steps: int = 500
@@ -271,6 +271,7 @@ def load_pipeline(args: Arguments, folder: Path, transformer: MovieGenTransforme
         default_width=args.width,
         default_num_frames=args.num_frames,
         default_frame_rate=args.frame_rate,
+        default_num_inference_steps=args.num_inference_steps,
         default_guidance_scale=args.guidance_scale,
     )
     pipe.set_progress_bar_config(disable=True)

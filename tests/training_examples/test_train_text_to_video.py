@@ -142,6 +142,7 @@ def test_the_result_is_a_whole_pipeline(validated, frozen, caches):
     assert frames.shape[1] == 9 and frames.shape[2:4] in {(64, 64), (64, 96)}
     assert np.isfinite(frames).all()
     assert (pipe.config.default_frame_rate, pipe.config.default_guidance_scale) == (8, 4)
+    assert pipe.config.default_num_inference_steps == 2
 
     def files(folder):
         paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
