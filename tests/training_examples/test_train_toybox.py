@@ -20,9 +20,11 @@ def test_every_command_is_understood(commands, monkeypatch):
         *("train_text_encoders", "train_tae", "assemble_pipeline", "precompute", "train_text_to_video"),
         "average_checkpoints",
     ]
-    for name, words in zip(scripts[:-1], commands[:-1], strict=True):
-        parse_arguments(load_script(name).Arguments, words[1:])
-    assert len(commands[-1]) == 6 and commands[-1][4] == "--output_dir"
+    for name, words in zip(scripts, commands, strict=True):
+        if name == "average_checkpoints":
+            assert words[-2] == "--output_dir" and len(words) > 4
+        else:
+            parse_arguments(load_script(name).Arguments, words[1:])
 
 
 def test_every_folder_has_been_written_before(commands):
@@ -35,11 +37,11 @@ def test_every_folder_has_been_written_before(commands):
         written.add(output)
     read = {word for words in commands for word in words}
     caches = {folder for folder in written if folder.startswith("runs/cache/")}
-    assert len(caches) == 26 and caches <= read
+    assert len(caches) == 37 and caches <= read
 
 
 def test_its_stages_have_a_configuration_each(commands):
     used = {Path(word).name for words in commands for word in words if word.endswith(".yaml")}
     ours = {path.name for path in (EXAMPLES / "configs").glob("toybox_*.yaml")}
-    unused = {"toybox_tae_decoder.yaml", "toybox_audio.yaml", "toybox_dac_vae.yaml", "toybox_precompute_audio.yaml"}
-    assert used == ours - unused | {"precompute_toybox.yaml"}
+    of_sound = {"toybox_audio.yaml", "toybox_dac_vae.yaml", "toybox_precompute_audio.yaml"}
+    assert used == ours - of_sound | {"precompute_toybox.yaml"}
