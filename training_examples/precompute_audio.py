@@ -33,9 +33,11 @@ from diffusers_moviegen.pipelines.pipeline_moviegen_audio import CONTROL_PREFIX
 from diffusers_moviegen.pipelines.prompt_encoding import encode_texts
 from diffusers_moviegen.toybox.captions import sound_caption, sound_prefix
 from diffusers_moviegen.toybox.data import LOOKS, SPLITS, Sampler
+from diffusers_moviegen.toybox.judges.sight import MAX_COLOUR_DISTANCE
 from diffusers_moviegen.toybox.scenes import SIZES, draw_scenes, render
 from diffusers_moviegen.toybox.sounds import MIN_DURATION, SAMPLING_RATE, STRIKE_MARGINS, strike_times, synthesize
 from diffusers_moviegen.toybox.vocabulary import (
+    BACKGROUNDS,
     EVENTS,
     MOTIONS,
     SHAPES,
@@ -99,6 +101,10 @@ class Arguments:
     num_windows: int = field(
         default=1, metadata={"help": "windows of each film, evenly over its length; of Toybox at random"}
     )
+    shape_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how likely an object of Toybox has this shape, such as star=2; 1 for the others"},
+    )
     motion_weights: list[str] = field(
         default_factory=list,
         metadata={"help": "how likely an object of Toybox moves so, such as bounces=4; 1 for the others"},
@@ -109,6 +115,10 @@ class Arguments:
     other_films: float = field(
         default=0.0,
         metadata={"help": "of Toybox: share of the sounds with a voice whose film shows another shape: text decides"},
+    )
+    colour_augmentation: float = field(
+        default=0.0,
+        metadata={"help": "share of the films seen in wrong colours, so that sounds follow shapes and motions more"},
     )
     batch_size: int = field(default=8, metadata={"help": "films that the models encode at a time"})
     samples_per_shard: int = field(default=512, metadata={"help": "films a file; an interrupted one is done again"})
@@ -124,15 +134,19 @@ class Arguments:
             raise ValueError("--seed and --num_workers must be 0 or more.")
         if self.window_seconds is not None and not 0 < self.window_seconds < math.inf:
             raise ValueError(f"--window_seconds is {self.window_seconds}: it must be above 0.")
+        for name in ("degraded_share", "other_films", "colour_augmentation"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name} is {value}: it must be from 0 to 1.")
         if not self.toybox:
-            if self.num_samples or self.other_films or self.motion_weights or self.degraded_share is not None:
-                raise ValueError(
-                    "--num_samples, --motion_weights, --other_films and --degraded_share are of Toybox: add --toybox."
-                )
+            drawing = ("num_samples", "shape_weights", "motion_weights", "degraded_share", "other_films")
+            if any(getattr(self, name) not in (0, None, []) for name in drawing):
+                options = ", ".join(f"--{name}" for name in drawing[:-1])
+                raise ValueError(f"{options} and --{drawing[-1]} are of Toybox: add --toybox.")
             if self.window_seconds is None:
                 raise ValueError("--window_seconds is missing: films of --data are cut to windows of one length.")
             return
-        parse_weights("motion_weights", self.motion_weights, MOTIONS)
+        self.drawing_weights()
         if self.num_samples < 1:
             raise ValueError(f"--num_samples is {self.num_samples}: pass how many films of Toybox to draw.")
         if (self.height, self.width) not in SIZES:
@@ -157,10 +171,12 @@ class Arguments:
             raise ValueError("--num_windows does nothing without --window_seconds: add it.")
         if self.exclude:
             raise ValueError("--exclude is for --data: leave it out with --toybox.")
-        for name in ("degraded_share", "other_films"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name} is {value}: it must be from 0 to 1.")
+
+    def drawing_weights(self) -> dict[str, float]:
+        """How likely each shape and motion of Toybox is, by name; 1 for those it does not name."""
+        return parse_weights("shape_weights", self.shape_weights, SHAPES) | parse_weights(
+            "motion_weights", self.motion_weights, MOTIONS
+        )
 
 
 # --- What to encode -----------------------------------------------------------------------------------------------
@@ -180,14 +196,37 @@ def captions_of(caption: str, is_alone: bool) -> list[str]:
     return [*captions, prefix[0]] if is_alone and len(captions) == 2 else captions
 
 
+def augment_colours(film: torch.Tensor, rng: random.Random, ground: str | None = None) -> torch.Tensor:
+    """A film in wrong colours: its channels permuted, and each inverted or not.
+
+    Args:
+        film: `(3, frames, height, width)`, uint8.
+        rng: decides on the colours.
+        ground: the background, if it is a film of Toybox. It stays as it is if its background would come to look like
+            one of that world, which has a sound of its own, or is held out with such an object.
+    """
+    channels, is_inverted = rng.sample(range(3), 3), torch.tensor([rng.random() < 0.5 for _ in range(3)])
+
+    def wrong(colours: torch.Tensor) -> torch.Tensor:
+        colours = colours[channels]
+        return torch.where(is_inverted.view(3, *[1] * (colours.ndim - 1)), 255 - colours, colours)
+
+    if ground is not None:
+        known = torch.tensor(list(BACKGROUNDS.values()))
+        distance = torch.linalg.vector_norm((known - wrong(torch.tensor(BACKGROUNDS[ground]))).float(), dim=1)
+        if distance.min() <= MAX_COLOUR_DISTANCE:
+            return film
+    return wrong(film)
+
+
 def draw_film(args: Arguments, index: int, num_latents: int, latent_rate: float) -> dict[str, Any]:
     """A film of Toybox with its sound, the captions of its windows, and where these start, in latents."""
     rng = random.Random(f"{args.split}|{args.seed}|{index}")
     frame_rate = rng.choice(args.frame_rates)
     sizes = {"height": args.height, "width": args.width}
     sizes |= {"num_frames": round(args.film_seconds * frame_rate), "frame_rate": frame_rate}
-    motions = parse_weights("motion_weights", args.motion_weights, MOTIONS)
-    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False, weights=motions)
+    likely = args.drawing_weights()
+    sampler = Sampler("audio", args.split, args.seed, **sizes, looks=LOOKS, paired=False, weights=likely)
     words = sampler.draw_words(index)[1]
     shape, motion, background, quality = (words[name] for name in ("shape", "motion", "background", "quality"))
     if args.degraded_share is not None:
@@ -229,9 +268,10 @@ def draw_film(args: Arguments, index: int, num_latents: int, latent_rate: float)
             # Without a prefix sounds are clean.
             captions = [caption for caption in captions if caption.startswith(prefix)]
         windows.append((start, length, captions))
+    video = render(shown, **sizes)[0]
     return {
         "audio": audio,
-        "video": render(shown, **sizes)[0],
+        "video": augment_colours(video, rng, background) if rng.random() < args.colour_augmentation else video,
         "frame_rate": frame_rate,
         "windows": windows,
         # A film says neither that a sound is bad nor that it is another one.
@@ -287,11 +327,13 @@ def read_film(args: Arguments, entry: dict[str, Any], num_latents: int) -> dict[
     """A window of a film with its sound, in the form of `draw_film`."""
     path, *place = entry["source"]
     source = MediaMember(path, *place).read() if place else path
-    frame_rate = random.Random(entry["name"]).choice(args.frame_rates)
+    rng = random.Random(entry["name"])
+    frame_rate = rng.choice(args.frame_rates)
     num_frames = max(round(args.window_seconds * frame_rate), 1)
+    video = read_media(source, num_frames, args.height, args.width, frame_rate, entry["start"])
     return {
         "audio": sound_beside(source, entry["start"], round(args.window_seconds * SAMPLING_RATE)),
-        "video": read_media(source, num_frames, args.height, args.width, frame_rate, entry["start"]),
+        "video": augment_colours(video, rng) if rng.random() < args.colour_augmentation else video,
         "frame_rate": frame_rate,
         "windows": [(0, num_latents, captions_of(entry["caption"], True))],
         "needs_text": False,

@@ -3,6 +3,7 @@
 import json
 import random
 from fractions import Fraction
+from itertools import permutations, product
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from diffusers_moviegen import AutoencoderDACVAE
 from diffusers_moviegen.media import save_video
 from diffusers_moviegen.toybox.data import LOOKS, Sampler
-from diffusers_moviegen.toybox.vocabulary import SHAPES, is_held_out, is_sound_held_out
+from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, SHAPES, is_held_out, is_sound_held_out
 from diffusers_moviegen.training import LatentCache, LatentCacheWriter, parse_arguments, run_script
 from tests import tiny
 from tests.training.films import grey_frames
@@ -148,6 +149,36 @@ def test_windows_of_longer_films(pipeline, frozen, tmp_path):
 def test_motions_that_are_likelier():
     captions = [film(index, motion_weights=["spins=100000"])["windows"][0][2][0] for index in range(6)]
     assert all("warbles" in caption for caption in captions)
+
+
+def test_shapes_that_are_likelier():
+    likely = {"shape_weights": ["star=100000"], "motion_weights": ["grows=100000"]}
+    captions = [film(index, **likely)["windows"][0][2][0] for index in range(6)]
+    assert all("shaker glides up" in caption for caption in captions)
+
+
+def test_films_in_wrong_colours():
+    known = torch.tensor(list(BACKGROUNDS.values())).float()
+    found = set()
+    for index in range(60):
+        plain, wrong = film(index), film(index, colour_augmentation=1)
+        assert torch.equal(plain["audio"], wrong["audio"]) and plain["windows"] == wrong["windows"]
+        if torch.equal(plain["video"], wrong["video"]):
+            continue
+        maps = [
+            (channels, signs)
+            for channels in permutations(range(3))
+            for signs in product((False, True), repeat=3)
+            if all(
+                torch.equal(255 - plane if sign else plane, wrong["video"][place])
+                for place, (sign, plane) in enumerate(zip(signs, plain["video"][list(channels)], strict=True))
+            )
+        ]
+        assert maps
+        found |= set(maps)
+        # None of the world's backgrounds, whose sounds are others, or held out.
+        assert (known - wrong["video"][:, 0, 0, 0]).norm(dim=1).min() > 70
+    assert len(found) > 15
 
 
 def test_films_of_another_shape():
@@ -299,6 +330,22 @@ def test_sound_is_where_the_film_has_it(clips, name, time):
         script.sound_beside(str(clips / name), 2.5, RATE)
 
 
+def test_ones_own_films_in_wrong_colours(clips):
+    changed = 0
+    for number in range(8):
+        entry = {"name": f"long.mp4#{number}", "source": [str(clips / "long.mp4")], "start": 0.1, "caption": ""}
+        plain, wrong = (
+            script.read_film(arguments(data="clips", window_seconds=1, colour_augmentation=share), entry, 25)
+            for share in (0, 1)
+        )
+        assert torch.equal(plain["audio"], wrong["audio"]) and plain["video"].shape == wrong["video"].shape
+        # The film is grey: permuting channels leaves it as it is, inverting them does not.
+        for one, other in zip(plain["video"], wrong["video"], strict=True):
+            assert min((one.int() - other).abs().max(), (255 - one.int() - other).abs().max()) <= 2
+        changed += (plain["video"].int() - wrong["video"]).abs().max().item() > 2
+    assert changed > 3
+
+
 # --- Errors -------------------------------------------------------------------------------------------------------
 
 
@@ -315,7 +362,9 @@ def test_sound_is_where_the_film_has_it(clips, name, time):
         ({"num_windows": 2}, "--num_windows does nothing without --window_seconds"),
         ({"height": 50}, "--height and --width give 50 x 64, but Toybox is drawn at 64 x 64,"),
         ({"motion_weights": ["jumps=2"]}, "--motion_weights: there is no 'jumps'; choose from stays still"),
+        ({"shape_weights": ["cube=2"]}, "--shape_weights: there is no 'cube'; choose from circle"),
         ({"other_films": 1.5}, "--other_films is 1.5: it must be from 0 to 1"),
+        ({"colour_augmentation": 2}, "--colour_augmentation is 2.0: it must be from 0 to 1"),
         ({"degraded_share": -1}, "--degraded_share is -1.0: it must be from 0 to 1"),
         ({"exclude": ["a"]}, "--exclude is for --data"),
         ({"pipeline": "missing"}, "--pipeline: 'missing' is no folder, and no repository"),
@@ -339,6 +388,8 @@ def test_errors(frozen, tmp_path, capsys, options, message):
         ({"window_seconds": 0}, "--window_seconds is 0.0: it must be above 0"),
         ({"window_seconds": 1, "other_films": 0.5}, "are of Toybox: add --toybox"),
         ({"window_seconds": 1, "motion_weights": ["spins=2"]}, "are of Toybox: add --toybox"),
+        ({"window_seconds": 1, "shape_weights": ["star=2"]}, "are of Toybox: add --toybox"),
+        ({"window_seconds": 1, "colour_augmentation": -1}, "--colour_augmentation is -1.0: it must be from 0 to 1"),
     ],
 )
 def test_errors_of_ones_own_films(options, message):
