@@ -13,19 +13,14 @@ import json
 import math
 import re
 import shutil
-import sys
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import set_seed
 from huggingface_hub import ModelCard, snapshot_download
-from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
 from diffusers_moviegen import (
     AutoencoderDACVAE,
@@ -35,12 +30,10 @@ from diffusers_moviegen import (
 )
 from diffusers_moviegen.pipelines.audio_conditioning import shrink_to_known
 from diffusers_moviegen.training import (
-    HalveOnPlateau,
     LatentCache,
-    Muon,
     RunState,
     ShardedEMA,
-    StopSignal,
+    begin_run,
     build_model_card,
     cache_loader,
     check_mixed_precision,
@@ -50,18 +43,16 @@ from diffusers_moviegen.training import (
     check_training_options,
     draw_flow_latents,
     end_training,
-    exchange,
     flow_loss,
     load_caches,
-    prepare_hub_repository,
+    make_lr_scheduler,
+    make_optimizer,
     prepare_sharding,
     push_folder_to_hub,
-    restore_checkpoint,
     run_script,
-    save_checkpoint,
-    start_trackers,
     step_generator,
     text_inputs,
+    training_steps,
     validation_flow_loss,
     written_beside,
 )
@@ -379,25 +370,8 @@ def main(args: Arguments) -> None:
     transformer.train()
 
     # 3. Optimisation. The moving average is made of the weights as they are sharded
-    options = {"lr": args.learning_rate, "betas": (0.9, 0.95), "weight_decay": args.weight_decay}
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(transformer.parameters(), **options, fused=True)
-    elif accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("--optimizer muon needs whole weights, which FSDP shards out: use adamw, or --multi_gpu.")
-    else:
-        optimizer = Muon(transformer, **options)
-    if args.lr_scheduler == "halve_on_plateau":
-        min_factor = args.min_learning_rate / args.learning_rate if args.learning_rate else 0.0
-        plateau = HalveOnPlateau(args.lr_warmup_steps, args.lr_patience, min_factor)
-        lr_scheduler = LambdaLR(optimizer, plateau)
-    else:
-        plateau = None
-        lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
-        )
+    optimizer = make_optimizer(accelerator, args, transformer)
+    lr_scheduler, plateau = make_lr_scheduler(args, optimizer)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     ema = ShardedEMA(accelerator, model, args.ema_decay)
 
@@ -406,47 +380,20 @@ def main(args: Arguments) -> None:
 
     # 5. Where the run stands
     state = RunState()
-    accelerator.register_for_checkpointing(state, lr_scheduler, loader)
-    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    # accelerate would count passes on, and end a step in the middle if it had another number of them before.
-    accelerator.step = 0
-    repo_id = None
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            # A missing token or a name that is taken is better known now than after the last step.
-            repo_id = prepare_hub_repository(args.hub_model_id, MovieGenAudioPipeline.__name__, args.hub_private)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, "train_audio", asdict(args), state.step)
+    repo_id = begin_run(accelerator, args, "train_audio", MovieGenAudioPipeline.__name__, state, lr_scheduler, loader)
 
-    def measure(losses: list[float]) -> dict[str, float]:
+    def measure() -> dict[str, float]:
         """The figures of a step, of the averaged weights."""
-        figures = {"loss": sum(losses) / len(losses)} if losses else {}
-        if validation_cache is not None:
-            with ema.applied():
-                figures["validation_loss"] = validation_flow_loss(
-                    model,
-                    scheduler,
-                    validation_cache,
-                    accelerator,
-                    args.train_batch_size,
-                    conditions=all_conditions,
-                )
-        return figures
+        if validation_cache is None:
+            return {}
+        data = (validation_cache, accelerator, args.train_batch_size)
+        with ema.applied():
+            return {"validation_loss": validation_flow_loss(model, scheduler, *data, conditions=all_conditions)}
 
     # 6. Steps
-    progress = tqdm(
-        initial=state.step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_main_process,
-        mininterval=10,
-    )
-    batches, losses, figures, stopping = iter(loader), [], None, False
-    mark = time.perf_counter()
-    # Closed on the way out, so that a message of what went wrong begins a line.
-    with StopSignal() as stop, progress:
-        while state.step < args.max_train_steps and not stopping:
+    batches = iter(loader)
+    with training_steps(accelerator, args, state, optimizer, lr_scheduler, measure, ema, plateau) as steps:
+        while steps.go_on:
             parts, names = [], []
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(batches)
@@ -461,58 +408,13 @@ def main(args: Arguments) -> None:
                 parts.append(loss.detach())
                 names += batch["name"]
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            loss, stopping = exchange(accelerator, torch.stack(parts).mean(), stop.requested)
-            # In float16 an infinite norm is how the scaler finds that its scale is too large.
-            scaled = accelerator.scaler is not None
-            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
-            if accepted or scaled:
-                optimizer.step()
-            if accepted:
-                ema.step()
-                losses.append(loss)
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            now = time.perf_counter()
-            state.seconds, mark = state.seconds + now - mark, now
-            accelerator.log({"loss": loss, "learning_rate": learning_rate}, step=state.step)
-            progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-            finished = state.step == args.max_train_steps
-            if (state.step % args.validation_steps == 0 and not stopping) or finished:
-                figures = measure(losses)
-                losses = []
-                if plateau is not None:
-                    plateau.update(figures["validation_loss"])
-                line = {
-                    "step": state.step,
-                    **figures,
-                    "learning_rate": learning_rate,
-                    "skipped_steps": state.skipped_steps,
-                    "seconds": state.seconds,
-                }
-                accelerator.print(json.dumps(line), flush=True)
-                accelerator.log(
-                    {name: value for name, value in line.items() if name not in ("step", "loss", "learning_rate")},
-                    state.step,
-                )
-            if state.step % args.checkpointing_steps == 0 or stopping or finished:
-                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
-        if state.step < args.max_train_steps:
-            # Still within the context: launchers send the signal more than once.
-            progress.close()
-            accelerator.print(
-                f"stopped after step {state.step}; --resume_from_checkpoint latest goes on there", file=sys.stderr
-            )
-            end_training(accelerator)
-            return
+            steps.update(torch.stack(parts).mean(), grad_norm, names)
+            steps.end()
+    if not steps.finished:
+        return
 
     # 7. The averaged weights are the result, in a pipeline that is whole
-    if figures is None and args.push_to_hub:
-        # A run that is resumed after its last step has the model card still to write.
-        figures = measure(losses)
+    figures = steps.final_figures() if args.push_to_hub else None
     with ema.applied():
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:

@@ -7,9 +7,7 @@ request, an adversary. `--toybox` draws the sounds, `--data` reads them; with bo
 begins as a transform codec, see `initialize_transform_codec`.
 """
 
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,11 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from torchmetrics.functional.audio import scale_invariant_signal_distortion_ratio
-from tqdm.auto import tqdm
 
 from diffusers_moviegen import AutoencoderDACVAE
 from diffusers_moviegen.models.autoencoder_dac_vae import reliable_convolutions
@@ -38,15 +34,14 @@ from diffusers_moviegen.toybox.vocabulary import (
     is_sound_held_out,
 )
 from diffusers_moviegen.training import (
-    Muon,
     RunState,
     ShardedEMA,
     SoundDataset,
     SpectralLoss,
     SpectrogramDiscriminator,
-    StopSignal,
     adaptive_weight,
     add_latent_noise,
+    begin_run,
     build_model_card,
     check_latent_noise,
     check_mixed_precision,
@@ -56,17 +51,15 @@ from diffusers_moviegen.training import (
     check_training_options,
     discriminator_loss,
     end_training,
-    exchange,
     latent_kl,
     latest_checkpoint,
+    make_lr_scheduler,
+    make_optimizer,
     parse_weights,
-    prepare_hub_repository,
     push_folder_to_hub,
-    restore_checkpoint,
     run_script,
-    save_checkpoint,
-    start_trackers,
     step_generator,
+    training_steps,
     written_beside,
 )
 
@@ -594,14 +587,8 @@ def main(args: Arguments) -> None:
     spectral = SpectralLoss(SAMPLING_RATE).to(accelerator.device)
 
     # 2. Optimisation
-    options = {"lr": args.learning_rate, "betas": (0.8, 0.99), "weight_decay": args.weight_decay}
-    if args.optimizer == "muon":
-        optimizer = Muon(model, **options)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **options)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+    optimizer = make_optimizer(accelerator, args, model, betas=(0.8, 0.99))
+    lr_scheduler, _ = make_lr_scheduler(args, optimizer)
     reconstruct, optimizer = accelerator.prepare(Reconstruction(model, args.latent_noise), optimizer)
     if args.adversarial_weight:
         adversary = SpectrogramDiscriminator(args.discriminator_channels)
@@ -611,36 +598,18 @@ def main(args: Arguments) -> None:
         discriminate, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
     ema = ShardedEMA(accelerator, reconstruct, args.ema_decay)
     state = RunState()
-    accelerator.register_for_checkpointing(state, lr_scheduler)
     check_adversary(args)
-    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            # A missing token or a name that is taken is better known now than after the last step.
-            repo_id = prepare_hub_repository(args.hub_model_id, type(model).__name__, args.hub_private)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, "train_dac_vae", asdict(args), state.step)
+    repo_id = begin_run(accelerator, args, "train_dac_vae", type(model).__name__, state, lr_scheduler)
     fixed = validation_sounds(args, dataset, samples)
 
-    def measure(losses: list[float]) -> dict[str, float]:
-        figures = {"loss": sum(losses) / len(losses)} if losses else {}
+    def measure() -> dict[str, float]:
         with ema.applied(), reliable_convolutions(accelerator.device):
-            return figures | validate(accelerator.unwrap_model(reconstruct), fixed, spectral, accelerator)
+            return validate(accelerator.unwrap_model(reconstruct), fixed, spectral, accelerator)
 
     # 3. Steps
-    progress = tqdm(
-        initial=state.step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_main_process,
-        mininterval=10,
-    )
-    losses, figures, stopping = [], None, False
-    mark = time.perf_counter()
-    # Closed whatever happens, so that what is said of it begins a line.
-    with progress, StopSignal() as stop, reliable_convolutions(accelerator.device):
-        while state.step < args.max_train_steps and not stopping:
+    stepping = training_steps(accelerator, args, state, optimizer, lr_scheduler, measure, ema)
+    with stepping as steps, reliable_convolutions(accelerator.device):
+        while steps.go_on:
             adversarial = args.adversarial_weight > 0 and state.step >= args.adversarial_start
             parts, names = {}, []
             for micro_step in range(args.gradient_accumulation_steps):
@@ -683,72 +652,37 @@ def main(args: Arguments) -> None:
             grad_norm = accelerator.clip_grad_norm_(reconstruct.parameters(), args.max_grad_norm)
             if adversarial:
                 grad_norm = grad_norm + accelerator.clip_grad_norm_(discriminate.parameters(), args.max_grad_norm)
-            loss, stopping = exchange(accelerator, sum(parts.values()), stop.requested)
-            # In float16 an infinite norm is how the scaler finds that its scale is too large.
-            scaled = accelerator.scaler is not None
-            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
-            if accepted or scaled:
-                optimizer.step()
-            if accepted:
-                ema.step()
-                losses.append(loss)
-                if adversarial:
-                    # At a constant rate it would go on learning when the autoencoder hardly moves any more.
-                    for group in adversary_optimizer.param_groups:
-                        group["lr"] = args.discriminator_learning_rate * lr_scheduler.lr_lambdas[0](state.step)
-                    adversary_optimizer.step()
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
-            optimizer.zero_grad()
+            accepted = steps.update(sum(parts.values()), grad_norm, names)
+            if adversarial and accepted:
+                # At a constant rate it would go on learning when the autoencoder hardly moves any more.
+                for group in adversary_optimizer.param_groups:
+                    group["lr"] = args.discriminator_learning_rate * lr_scheduler.lr_lambdas[0](state.step)
+                adversary_optimizer.step()
             if args.adversarial_weight:
                 adversary_optimizer.zero_grad()
-            state.step += 1
-            now = time.perf_counter()
-            state.seconds, mark = state.seconds + now - mark, now
-            values = {name: value.item() for name, value in parts.items()}
-            accelerator.log({"loss": loss, **values, "learning_rate": learning_rate}, step=state.step)
-            progress.update()
-            progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
-
-            # 3.4 Figures and checkpoints
-            finished = state.step == args.max_train_steps
-            if (state.step % args.validation_steps == 0 and not stopping) or finished:
-                figures, losses = measure(losses), []
-                line = {
-                    "step": state.step,
-                    **figures,
-                    "learning_rate": learning_rate,
-                    "skipped_steps": state.skipped_steps,
-                    "seconds": round(state.seconds, 1),
-                }
-                accelerator.print(json.dumps(line))
-                logged = ("step", "loss", "learning_rate")
-                accelerator.log({name: value for name, value in line.items() if name not in logged}, step=state.step)
-            if state.step % args.checkpointing_steps == 0 or finished or stopping:
-                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+            steps.end(parts)
+    if not steps.finished:
+        return
 
     # 4. The averaged weights are the result
-    if state.step >= args.max_train_steps:
-        if figures is None and args.push_to_hub:
-            # A run that is resumed after its last step has the model card still to write.
-            figures = measure(losses)
-        with ema.applied(), reliable_convolutions(accelerator.device):
-            model.eval()
-            batches = [
-                draw_batch(args, dataset, accelerator, samples, STATISTICS, number)[0]
-                for number in range(args.statistics_batches)
-            ]
-            mean, std = measure_latents(model, batches, accelerator)
-            model.register_to_config(latents_mean=mean, latents_std=std)
-            if accelerator.is_main_process:
-                # diffusers would write down the folder that the weights came from.
-                model.register_to_config(_name_or_path="")
-                with written_beside(output_dir / "vae") as folder:
-                    model.save_pretrained(folder)
-        if accelerator.is_main_process and args.push_to_hub:
-            card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
-            print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
-        accelerator.wait_for_everyone()
+    figures = steps.final_figures() if args.push_to_hub else None
+    with ema.applied(), reliable_convolutions(accelerator.device):
+        model.eval()
+        batches = [
+            draw_batch(args, dataset, accelerator, samples, STATISTICS, number)[0]
+            for number in range(args.statistics_batches)
+        ]
+        mean, std = measure_latents(model, batches, accelerator)
+        model.register_to_config(latents_mean=mean, latents_std=std)
+        if accelerator.is_main_process:
+            # diffusers would write down the folder that the weights came from.
+            model.register_to_config(_name_or_path="")
+            with written_beside(output_dir / "vae") as folder:
+                model.save_pretrained(folder)
+    if accelerator.is_main_process and args.push_to_hub:
+        card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
+        print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
+    accelerator.wait_for_everyone()
     end_training(accelerator)
 
 

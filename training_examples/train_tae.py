@@ -10,9 +10,7 @@ take turns.
 """
 
 import itertools
-import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import copy
@@ -25,11 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.optimization import get_scheduler
 from diffusers.utils import logging
 from huggingface_hub import ModelCard
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from tqdm.auto import tqdm
 
 from diffusers_moviegen import AutoencoderKLMovieGen
 from diffusers_moviegen.toybox.pixels import draw_pixels
@@ -43,14 +39,13 @@ from diffusers_moviegen.training import (
     MediaDataset,
     MediaError,
     MediaStream,
-    Muon,
     PatchDiscriminator3D,
     RunState,
     ShardedEMA,
-    StopSignal,
     StreamLoader,
     adaptive_weight,
     add_latent_noise,
+    begin_run,
     build_model_card,
     check_latent_noise,
     check_mixed_precision,
@@ -60,20 +55,18 @@ from diffusers_moviegen.training import (
     check_training_options,
     discriminator_loss,
     end_training,
-    exchange,
     kl_divergence,
     latest_checkpoint,
+    make_lr_scheduler,
+    make_optimizer,
     multiscale_gradient_loss,
     outlier_penalty,
     parse_weights,
-    prepare_hub_repository,
     push_folder_to_hub,
-    restore_checkpoint,
     run_script,
-    save_checkpoint,
     save_sample_sheet,
-    start_trackers,
     step_generator,
+    training_steps,
     written_beside,
 )
 
@@ -745,14 +738,8 @@ def main(args: Arguments) -> None:
             validation_dataset = MediaDataset(args.validation_data, args.frame_rate, buckets, **columns)
 
     # 3. Optimisation
-    options = {"lr": args.learning_rate, "betas": (0.9, 0.99), "weight_decay": args.weight_decay}
-    if args.optimizer == "muon":
-        optimizer = Muon(model, **options)
-    else:
-        optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], **options)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+    optimizer = make_optimizer(accelerator, args, model, betas=(0.9, 0.99))
+    lr_scheduler, _ = make_lr_scheduler(args, optimizer)
     reconstruct, optimizer = accelerator.prepare(Reconstruction(model, args.latent_noise), optimizer)
     if args.adversarial_weight:
         adversary = PatchDiscriminator3D(model.config.out_channels, args.discriminator_channels)
@@ -762,41 +749,22 @@ def main(args: Arguments) -> None:
         discriminate, adversary_optimizer = accelerator.prepare(adversary, adversary_optimizer)
     ema = ShardedEMA(accelerator, reconstruct, args.ema_decay)
     state = RunState()
-    accelerator.register_for_checkpointing(state, lr_scheduler, *loaders.values())
-    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            # A missing token or a name that is taken is better known now than after the last step.
-            repo_id = prepare_hub_repository(args.hub_model_id, type(model).__name__, args.hub_private)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, "train_tae", asdict(args), state.step)
+    repo_id = begin_run(accelerator, args, "train_tae", type(model).__name__, state, lr_scheduler, *loaders.values())
 
-    def measure(losses: list[float]) -> dict[str, float]:
+    def measure() -> dict[str, float]:
         """The figures of a step, of the averaged weights; draws sheets, too."""
-        figures = {"loss": sum(losses) / len(losses)} if losses else {}
-        if args.toybox or validation_dataset is not None:
-            fixed = validation_batches(args, buckets, validation_dataset, accelerator)
-            sheet = output_dir / "samples" / f"step_{state.step:06d}"
-            with ema.applied():
-                figures |= validate(accelerator.unwrap_model(reconstruct), fixed, accelerator, sheet)
-        return figures
+        if not args.toybox and validation_dataset is None:
+            return {}
+        fixed = validation_batches(args, buckets, validation_dataset, accelerator)
+        sheet = output_dir / "samples" / f"step_{state.step:06d}"
+        with ema.applied():
+            return validate(accelerator.unwrap_model(reconstruct), fixed, accelerator, sheet)
 
     # 4. Steps
     first_batch = state.step * args.gradient_accumulation_steps
     batches = training_batches(args, buckets, accelerator, loaders, start=first_batch)
-    progress = tqdm(
-        initial=state.step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_main_process,
-        mininterval=10,
-    )
-    losses, figures, stopping = [], None, False
-    mark = time.perf_counter()
-    # Closed whatever happens, so that what is said of it begins a line.
-    with progress, StopSignal() as stop:
-        while state.step < args.max_train_steps and not stopping:
+    with training_steps(accelerator, args, state, optimizer, lr_scheduler, measure, ema) as steps:
+        while steps.go_on:
             adversarial = args.adversarial_weight > 0 and state.step >= args.adversarial_start
             parts, names = {}, []
             for micro_step in range(args.gradient_accumulation_steps):
@@ -841,74 +809,38 @@ def main(args: Arguments) -> None:
             grad_norm = accelerator.clip_grad_norm_(reconstruct.parameters(), args.max_grad_norm)
             if adversarial:
                 grad_norm = grad_norm + accelerator.clip_grad_norm_(discriminate.parameters(), args.max_grad_norm)
-            loss, stopping = exchange(accelerator, sum(parts.values()), stop.requested)
-            # In float16 an infinite norm is how the scaler finds that its scale is too large.
-            scaled = accelerator.scaler is not None
-            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
-            if accepted or scaled:
-                optimizer.step()
-            if accepted:
-                ema.step()
-                losses.append(loss)
-                if adversarial:
-                    # At a constant rate it would go on learning when the autoencoder hardly moves any more.
-                    factor = lr_scheduler.lr_lambdas[0](state.step)
-                    for group in adversary_optimizer.param_groups:
-                        group["lr"] = args.discriminator_learning_rate * factor
-                    adversary_optimizer.step()
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
-            optimizer.zero_grad()
+            accepted = steps.update(sum(parts.values()), grad_norm, names)
+            if adversarial and accepted:
+                # At a constant rate it would go on learning when the autoencoder hardly moves any more.
+                factor = lr_scheduler.lr_lambdas[0](state.step)
+                for group in adversary_optimizer.param_groups:
+                    group["lr"] = args.discriminator_learning_rate * factor
+                adversary_optimizer.step()
             if args.adversarial_weight:
                 adversary_optimizer.zero_grad()
-            state.step += 1
-            now = time.perf_counter()
-            state.seconds, mark = state.seconds + now - mark, now
-            values = {name: value.item() for name, value in parts.items()}
-            accelerator.log({"loss": loss, **values, "learning_rate": learning_rate}, step=state.step)
-            progress.update()
-            progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
-
-            # 4.4 Figures and checkpoints
-            finished = state.step == args.max_train_steps
-            if (state.step % args.validation_steps == 0 and not stopping) or finished:
-                figures = measure(losses)
-                losses = []
-                line = {
-                    "step": state.step,
-                    **figures,
-                    "learning_rate": learning_rate,
-                    "skipped_steps": state.skipped_steps,
-                    "seconds": round(state.seconds, 1),
-                }
-                accelerator.print(json.dumps(line))
-                logged = ("step", "loss", "learning_rate")
-                accelerator.log({name: value for name, value in line.items() if name not in logged}, step=state.step)
-            if state.step % args.checkpointing_steps == 0 or finished or stopping:
-                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
+            steps.end(parts)
+    if not steps.finished:
+        return
 
     # 5. The averaged weights are the result
-    if state.step >= args.max_train_steps:
-        if figures is None and args.push_to_hub:
-            # A run that is resumed after its last step has the model card still to write.
-            figures = measure(losses)
-        with ema.applied():
-            model.eval()
-            if args.stage == "video":
-                if args.data is not None:
-                    loaders = make_loaders(args, buckets, accelerator, dataset, args.seed + 1)
-                batches = training_batches(args, buckets, accelerator, loaders, STATISTICS)
-                mean, std = measure_latents(model, batches, args.statistics_batches, accelerator)
-                model.register_to_config(latents_mean=mean, latents_std=std)
-            if accelerator.is_main_process:
-                # diffusers would write down the folder that the weights came from.
-                model.register_to_config(_name_or_path="")
-                with written_beside(output_dir / "vae") as folder:
-                    model.save_pretrained(folder)
-        if accelerator.is_main_process and args.push_to_hub:
-            card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
-            print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
-        accelerator.wait_for_everyone()
+    figures = steps.final_figures() if args.push_to_hub else None
+    with ema.applied():
+        model.eval()
+        if args.stage == "video":
+            if args.data is not None:
+                loaders = make_loaders(args, buckets, accelerator, dataset, args.seed + 1)
+            batches = training_batches(args, buckets, accelerator, loaders, STATISTICS)
+            mean, std = measure_latents(model, batches, args.statistics_batches, accelerator)
+            model.register_to_config(latents_mean=mean, latents_std=std)
+        if accelerator.is_main_process:
+            # diffusers would write down the folder that the weights came from.
+            model.register_to_config(_name_or_path="")
+            with written_beside(output_dir / "vae") as folder:
+                model.save_pretrained(folder)
+    if accelerator.is_main_process and args.push_to_hub:
+        card = model_card(args, repo_id, figures, dataset, accelerator.num_processes)
+        print(push_folder_to_hub(output_dir / "vae", repo_id, card, args.hub_private))
+    accelerator.wait_for_everyone()
     end_training(accelerator)
 
 

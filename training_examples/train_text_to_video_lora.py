@@ -12,8 +12,6 @@ output folder, is for `pipe.load_lora_weights`.
 import json
 import math
 import re
-import sys
-import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +24,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from tqdm.auto import tqdm
 
 from diffusers_moviegen import (
     FlowMatchLinearQuadraticScheduler,
@@ -37,7 +34,7 @@ from diffusers_moviegen import (
 from diffusers_moviegen.training import (
     LatentCache,
     RunState,
-    StopSignal,
+    begin_run,
     build_model_card,
     cache_loader,
     check_mixed_precision,
@@ -47,16 +44,12 @@ from diffusers_moviegen.training import (
     check_training_options,
     draw_flow_batch,
     end_training,
-    exchange,
     flow_loss,
     load_caches,
-    prepare_hub_repository,
     push_folder_to_hub,
-    restore_checkpoint,
     run_script,
-    save_checkpoint,
-    start_trackers,
     step_generator,
+    training_steps,
     validation_flow_loss,
     written_beside,
 )
@@ -318,28 +311,17 @@ def main(args: Arguments) -> None:
     accelerator.register_save_state_pre_hook(save_hook)
     accelerator.register_load_state_pre_hook(load_hook)
     state = RunState()
-    accelerator.register_for_checkpointing(state, lr_scheduler, loader)
-    restore_checkpoint(accelerator, output_dir, args.resume_from_checkpoint)
-    # accelerate would count passes on, and end a step in the middle if it had another number of them before.
-    accelerator.step = 0
-    repo_id = None
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            # A missing token or a name that is taken is better known now than after the last step.
-            repo_id = prepare_hub_repository(args.hub_model_id, None, args.hub_private)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "arguments.json").write_text(json.dumps(asdict(args), indent=2))
-    accelerator.wait_for_everyone()
-    start_trackers(accelerator, "train_text_to_video_lora", asdict(args), state.step)
+    repo_id = begin_run(accelerator, args, "train_text_to_video_lora", None, state, lr_scheduler, loader)
+
+    # What the backbone alone can do with the data, to compare with
+    baseline = {}
 
     def measure() -> dict[str, float]:
         if validation_cache is None:
             return {}
         loss = validation_flow_loss(model, scheduler, validation_cache, accelerator, args.train_batch_size)
-        return {"validation_loss": loss}
+        return {"validation_loss": loss} | baseline
 
-    # What the backbone alone can do with the data, to compare with
-    baseline = {}
     if validation_cache is not None:
         transformer.disable_adapters()
         baseline = {"base_validation_loss": measure()["validation_loss"]}
@@ -347,17 +329,9 @@ def main(args: Arguments) -> None:
         accelerator.print(json.dumps({"step": state.step, **baseline}), flush=True)
 
     # 6. Steps
-    progress = tqdm(
-        initial=state.step,
-        total=args.max_train_steps,
-        disable=not accelerator.is_main_process,
-        mininterval=10,
-    )
-    batches, losses, figures, stopping = iter(loader), [], None, False
-    mark = time.perf_counter()
-    # Closed on the way out, so that a message of what went wrong begins a line.
-    with StopSignal() as stop, progress:
-        while state.step < args.max_train_steps and not stopping:
+    batches = iter(loader)
+    with training_steps(accelerator, args, state, optimizer, lr_scheduler, measure) as steps:
+        while steps.go_on:
             parts, names = [], []
             for _ in range(args.gradient_accumulation_steps):
                 batch = next(batches)
@@ -373,63 +347,22 @@ def main(args: Arguments) -> None:
                 parts.append(loss.detach())
                 names += batch["name"]
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            loss, stopping = exchange(accelerator, torch.stack(parts).mean(), stop.requested)
-            # In float16 an infinite norm is how the scaler finds that its scale is too large.
-            scaled = accelerator.scaler is not None
-            accepted = state.accepts(loss, None if scaled else float(grad_norm), names)
-            if accepted or scaled:
-                optimizer.step()
-            if accepted:
-                losses.append(loss)
-            learning_rate = lr_scheduler.get_last_lr()[0]
-            lr_scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-            state.step += 1
-            now = time.perf_counter()
-            state.seconds, mark = state.seconds + now - mark, now
-            accelerator.log({"loss": loss, "learning_rate": learning_rate}, step=state.step)
-            progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-
-            finished = state.step == args.max_train_steps
-            if (state.step % args.validation_steps == 0 and not stopping) or finished:
-                figures = {"loss": sum(losses) / len(losses)} if losses else {}
-                figures |= measure() | baseline
-                losses = []
-                line = {
-                    "step": state.step,
-                    **figures,
-                    "learning_rate": learning_rate,
-                    "skipped_steps": state.skipped_steps,
-                    "seconds": state.seconds,
-                }
-                accelerator.print(json.dumps(line), flush=True)
-                accelerator.log(
-                    {name: value for name, value in line.items() if name not in ("step", "loss", "learning_rate")},
-                    state.step,
-                )
-            if state.step % args.checkpointing_steps == 0 or stopping or finished:
-                save_checkpoint(accelerator, output_dir, state.step, args.checkpoints_total_limit)
-    progress.close()
-    if state.step < args.max_train_steps:
-        accelerator.print(
-            f"stopped after step {state.step}; --resume_from_checkpoint latest goes on there", file=sys.stderr
-        )
+            steps.update(torch.stack(parts).mean(), grad_norm, names)
+            steps.end()
+    if not steps.finished:
+        return
 
     # 7. The result, written beside and renamed, so that what lora/ holds is whole
-    if state.step >= args.max_train_steps:
-        if figures is None and args.push_to_hub:
-            # A run that is resumed after its last step has the model card still to write.
-            figures = measure() | baseline
-        if accelerator.is_main_process:
-            target = output_dir / "lora"
-            with written_beside(target) as folder:
-                save_adapter(transformer, folder)
+    figures = steps.final_figures() if args.push_to_hub else None
+    if accelerator.is_main_process:
+        target = output_dir / "lora"
+        with written_beside(target) as folder:
+            save_adapter(transformer, folder)
 
-            # 8. It goes to the Hub; it stays in its folder when it cannot
-            if args.push_to_hub:
-                card = model_card(args, repo_id, cache, figures, accelerator.num_processes)
-                print(push_folder_to_hub(target, repo_id, card, args.hub_private))
+        # 8. It goes to the Hub; it stays in its folder when it cannot
+        if args.push_to_hub:
+            card = model_card(args, repo_id, cache, figures, accelerator.num_processes)
+            print(push_folder_to_hub(target, repo_id, card, args.hub_private))
     end_training(accelerator)
 
 

@@ -125,4 +125,15 @@ backbone toybox_t2iv_128.yaml --transformer runs/sft --output_dir runs/t2iv_new 
     --data $new --validation_data runs/cache/heldout_films \
     --max_train_steps 4800 --learning_rate 2.5e-3 --logit_mean -1 --images_to_videos 1 4 --seed 5
 # The mean of before and after is as good at 64 px as the latter, and at 128 px not as much worse than the former.
-python training_examples/average_checkpoints.py runs/sft runs/t2iv_new/pipeline --output_dir runs/toybox
+python training_examples/average_checkpoints.py runs/sft runs/t2iv_new/pipeline --output_dir runs/t2iv_mean
+
+# 6. The same once more from there, with more pictures of 128 px and more rings and stars
+rings_and_stars="--shape_weights ring=100 star=100 --motion_weights spins=100 bounces=100"
+precompute new_images_128_more $stills --seed 60 --num_images 3000 --resolution 128
+precompute new_images_128_core --looks core --seed 61 --num_images 3000 --resolution 128
+precompute new_films_hard_more --looks core $rings_and_stars --seed 62 --num_videos 5000
+precompute new_films_core_more --looks core $harder --seed 63 --num_videos 6000
+more=$(cache new_images_128_more new_images_128_core new_films_hard_more new_films_core_more)
+backbone toybox_t2iv_128.yaml --transformer runs/t2iv_mean --output_dir runs/t2iv_more \
+    --data $new $more --validation_data runs/cache/heldout_films \
+    --max_train_steps 3200 --learning_rate 2e-3 --logit_mean -1 --images_to_videos 1 3 --seed 6

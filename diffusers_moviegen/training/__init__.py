@@ -57,11 +57,13 @@ from .media_dataset import (
 )
 from .media_loaders import BucketLoader, StreamLoader
 from .muon import Muon
+from .optimization import make_lr_scheduler, make_optimizer
 from .run_folders import check_output_dir, written_beside
 from .sample_sheets import save_sample_sheet
 from .sharding import end_training, prepare_sharding
 from .sound_dataset import SoundDataset, read_sound
 from .trackers import check_tracker, start_trackers
+from .training_run import begin_run, training_steps
 
 
 __all__ = [
@@ -94,6 +96,7 @@ __all__ = [
     "TrainingStopped",
     "adaptive_weight",
     "add_latent_noise",
+    "begin_run",
     "build_model_card",
     "cache_loader",
     "check_latent_noise",
@@ -116,6 +119,8 @@ __all__ = [
     "latest_checkpoint",
     "list_media",
     "load_caches",
+    "make_lr_scheduler",
+    "make_optimizer",
     "models_fingerprint",
     "multiscale_gradient_loss",
     "outlier_penalty",
@@ -135,6 +140,7 @@ __all__ = [
     "start_trackers",
     "step_generator",
     "text_inputs",
+    "training_steps",
     "validation_flow_loss",
     "written_beside",
 ]

@@ -464,7 +464,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, image_run, clips, tmp_pa
     same_weights(tmp_path / "whole" / file, tmp_path / "parts" / file)
 
 
-def test_sigterm_saves_and_ends_the_run(script, image_run, tmp_path, monkeypatch):
+def test_sigterm_saves_and_ends_the_run(script, image_run, tmp_path, monkeypatch, capsys):
     calls = itertools.count()
     penalty = script.outlier_penalty
 
@@ -478,6 +478,7 @@ def test_sigterm_saves_and_ends_the_run(script, image_run, tmp_path, monkeypatch
     arguments |= {"output_dir": tmp_path, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
     run(script, **arguments)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-3"]
+    assert "stopped after step 3; --resume_from_checkpoint latest goes on there" in capsys.readouterr().err
     assert not (tmp_path / "vae").exists()
     run(script, **arguments)
     assert next(calls) == 4 and (tmp_path / "vae").is_dir()

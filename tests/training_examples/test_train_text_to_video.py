@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -294,14 +293,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(script, small, caches, tmp_path,
     assert before == pytest.approx(losses[:5], abs=1e-6) and after == pytest.approx(losses[3:], abs=1e-6)
     parts, whole = (transformer_of(tmp_path / name).state_dict() for name in ("parts", "whole"))
     torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
-
-
-def test_muon_is_for_whole_weights(script, small, tmp_path, monkeypatch):
-    # As if this process were one of FSDP's.
-    monkeypatch.setattr(script, "DistributedType", SimpleNamespace(FSDP=script.DistributedType.NO))
-    with pytest.raises(ValueError, match="--optimizer muon needs whole weights.*use adamw"):
-        run(script, output_dir=tmp_path / "run", **small | {"optimizer": "muon"})
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_resumed_run_may_accumulate_otherwise(script, small, tmp_path):

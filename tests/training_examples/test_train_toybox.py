@@ -37,7 +37,7 @@ def test_every_folder_has_been_written_before(commands):
         written.add(output)
     read = {word for words in commands for word in words}
     caches = {folder for folder in written if folder.startswith("runs/cache/")}
-    assert len(caches) == 37 and caches <= read
+    assert len(caches) == 41 and caches <= read
 
 
 def test_its_stages_have_a_configuration_each(commands):
