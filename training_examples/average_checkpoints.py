@@ -42,8 +42,11 @@ def check_same_config(first: Path, other: Path) -> None:
         {name: value for name, value in read_json(file).items() if name not in PROVENANCE} for file in (first, other)
     )
     for name in sorted(values.keys() | other_values.keys()):
-        described, other_described = (json.dumps(v[name]) if name in v else "missing" for v in (values, other_values))
-        if described != other_described:
+        # Compared as numbers: 8 and 8.0 are one frame rate.
+        if name not in values or name not in other_values or values[name] != other_values[name]:
+            described, other_described = (
+                json.dumps(v[name]) if name in v else "missing" for v in (values, other_values)
+            )
             raise ValueError(
                 f"`{name}` is {described} in '{first}' and {other_described} in '{other}'; only models of one"
                 " configuration can be averaged."

@@ -61,6 +61,5 @@ def test_schedules():
     ours = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
     lr_scheduler, plateau = make_lr_scheduler(options(lr_scheduler="halve_on_plateau"), ours)
     assert isinstance(plateau, HalveOnPlateau)
-    # After the warm-up, the first loss is the lowest; each of the others halves the rate of the next step but one, down
-    # to the least.
+    # After the warm-up, the first loss is the lowest. Each of the others halves the rate of the next step but one.
     assert rates(lr_scheduler, ours, plateau.update) == pytest.approx([0, 0.005, 0.01, 0.005, *[0.004] * 6])

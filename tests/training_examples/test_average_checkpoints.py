@@ -146,6 +146,13 @@ def test_pipelines(script, pipelines, tmp_path):
     assert mean("a circle", num_inference_steps=1, output_type="pt").frames.isfinite().all()
 
 
+def test_numbers_may_be_written_differently(script, pipelines, tmp_path):
+    copies = [shutil.copytree(folder, tmp_path / folder.name) for folder in pipelines]
+    for folder, frame_rate in zip(copies, (8, 8.0), strict=True):
+        change_config(folder / "model_index.json", default_frame_rate=frame_rate)
+    assert script.main([*map(str, copies), "--output_dir", str(tmp_path / "mean")]) == 0
+
+
 def test_runs_as_a_program(models):
     command = [sys.executable, EXAMPLES / "average_checkpoints.py", *models[:2], "--output_dir", models[0]]
     result = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
