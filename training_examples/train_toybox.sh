@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every command that made the bundled Toybox checkpoint, ten and a half hours on two CPU cores, run from the root of the
+# Every command that made the bundled Toybox checkpoint, eleven and a half hours on two CPU cores, run from the root of the
 # repository.
 # bash training_examples/train_toybox.sh MEDIA, where MEDIA is a folder with a table of real films and photographs; its model card
 # lists those that the checkpoint saw.
