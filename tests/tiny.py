@@ -221,6 +221,19 @@ def tiny_audio_transformer() -> MovieGenAudioTransformer1DModel:
     return transformer.eval()
 
 
+def full_rate_audio_vae() -> AutoencoderDACVAE:
+    """A small one of the sampling rate and hop of the real one, which sounds of Toybox need."""
+    torch.manual_seed(0)
+    return AutoencoderDACVAE(
+        encoder_hidden_size=2,
+        downsampling_ratios=(4, 8, 10, 6),
+        decoder_hidden_size=16,
+        latent_channels=6,
+        latents_mean=[0.01 * channel for channel in range(6)],
+        latents_std=[0.1 + 0.01 * channel for channel in range(6)],
+    ).eval()
+
+
 def tiny_audio_pipeline(**components) -> MovieGenAudioPipeline:
     """A pipeline of fresh components, always with the same weights; `components` replace or add arguments."""
     builders = {

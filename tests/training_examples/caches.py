@@ -22,3 +22,17 @@ def make_cache(folder: Path, pipeline: Path, num_images: int = 4, num_videos: in
         **options,
     )
     return folder
+
+
+def make_audio_cache(folder: Path, pipeline: Path, num_samples: int = 4, **options) -> Path:
+    """The same for sounds, of 0.4 seconds with films of 10 frames a second unless `options` say otherwise."""
+    options = {"film_seconds": 0.4, "frame_rates": 10} | options
+    run(
+        load_script("precompute_audio"),
+        output_dir=folder,
+        pipeline=pipeline,
+        toybox=True,
+        num_samples=num_samples,
+        **options,
+    )
+    return folder

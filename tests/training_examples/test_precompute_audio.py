@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_moviegen import AutoencoderDACVAE
 from diffusers_moviegen.media import save_video
 from diffusers_moviegen.toybox.data import LOOKS, Sampler
 from diffusers_moviegen.toybox.vocabulary import BACKGROUNDS, SHAPES, is_held_out, is_sound_held_out
@@ -28,17 +27,7 @@ RATE = 48000
 
 @pytest.fixture(scope="module")
 def pipeline():
-    """Of the sampling rate and hop of the real one."""
-    torch.manual_seed(0)
-    vae = AutoencoderDACVAE(
-        encoder_hidden_size=2,
-        downsampling_ratios=(4, 8, 10, 6),
-        decoder_hidden_size=16,
-        latent_channels=6,
-        latents_mean=[0.01 * channel for channel in range(6)],
-        latents_std=[0.1 + 0.01 * channel for channel in range(6)],
-    )
-    return tiny.tiny_audio_pipeline(vae=vae.eval())
+    return tiny.tiny_audio_pipeline(vae=tiny.full_rate_audio_vae())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""train_text_to_video.py on two processes of the CPU (gloo), with whole weights (DDP) and sharded ones (FSDP2)."""
+"""Backbones of films and of sound on two processes of the CPU (gloo): weights whole (DDP) and sharded (FSDP2)."""
 
 import contextlib
 import io
@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.tensor import DTensor
 
-from diffusers_moviegen import MovieGenPipeline
+from diffusers_moviegen import MovieGenAudioTransformer1DModel, MovieGenPipeline
 from diffusers_moviegen.training import parse_arguments
 from tests.processes import run_processes
-from tests.tiny import tiny_pipeline
+from tests.tiny import full_rate_audio_vae, tiny_audio_pipeline, tiny_audio_transformer, tiny_pipeline
 from tests.training.fsdp_on_cpu import enable_fsdp_on_cpu
 from tests.training_examples.accelerate_configs import launch_arguments
-from tests.training_examples.caches import make_cache
+from tests.training_examples.caches import make_audio_cache, make_cache
 from tests.training_examples.scripts import EXAMPLES, command_line, load_script, run
 
 
@@ -37,39 +37,56 @@ LAYOUTS = ("whole", "sharded")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a pipeline and caches of training and validation samples."""
+    """A folder with a pipeline and caches of training and validation samples, of films and of sounds."""
     folder = tmp_path_factory.mktemp("several_processes")
     tiny_pipeline().save_pretrained(folder / "pipeline")
     make_cache(folder / "cache", folder / "pipeline")
     # An odd number of batches: one process has nothing of its own to do in the last one.
     make_cache(folder / "held_out", folder / "pipeline", num_images=1, num_videos=2, split="held_out")
+    tiny_audio_pipeline(vae=full_rate_audio_vae()).save_pretrained(folder / "audio_pipeline")
+    make_audio_cache(folder / "audio_cache", folder / "audio_pipeline")
+    make_audio_cache(folder / "audio_held_out", folder / "audio_pipeline", num_samples=3, split="held_out")
     return folder
 
 
+COMMON = {
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "gradient_checkpointing": True,
+    "max_train_steps": 4,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 1,
+    "ema_decay": 0.5,
+    "num_workers": 0,
+    "validation_steps": 2,
+    "checkpointing_steps": 2,
+}
+
+
 def options(folder: Path, **changes) -> dict:
-    return {
+    films = {
         "pipeline": folder / "pipeline",
         "transformer": folder / "pipeline" / "transformer",
         "data": folder / "cache",
         "validation_data": folder / "held_out",
         "images_to_videos": [1, 1],
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "gradient_checkpointing": True,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "lr_warmup_steps": 1,
-        "ema_decay": 0.5,
-        "num_workers": 0,
         "num_validation_samples": 1,
         "num_inference_steps": 2,
-        "validation_steps": 2,
-        "checkpointing_steps": 2,
-    } | changes
+    }
+    return COMMON | films | changes
 
 
-def train(rank: int, folder: Path, name: str, sharded: bool, **changes) -> dict:
-    """Runs the script as this process's part of a launch; what it printed, and what every backward pass saw."""
+def audio_options(folder: Path) -> dict:
+    return COMMON | {
+        "pipeline": folder / "audio_pipeline",
+        "transformer": folder / "audio_pipeline",
+        "data": folder / "audio_cache",
+        "validation_data": folder / "audio_held_out",
+    }
+
+
+def train(rank: int, folder: Path, name: str, sharded: bool, script_name: str, arguments: dict) -> dict:
+    """Runs a script as this process's part of a launch; what it printed, and what every backward pass saw."""
     AcceleratorState._reset_state(reset_partial_state=True)
     # The script ends the group, so each run has its own.
     dist.init_process_group(
@@ -92,11 +109,10 @@ def train(rank: int, folder: Path, name: str, sharded: bool, **changes) -> dict:
 
     Accelerator.backward = record
     output = io.StringIO()
-    script = load_script("train_text_to_video")
-    arguments = {"output_dir": folder / name, **options(folder, **changes)}
+    script = load_script(script_name)
     try:
         with contextlib.redirect_stdout(output):
-            script.main(parse_arguments(script.Arguments, command_line(arguments)))
+            script.main(parse_arguments(script.Arguments, command_line({"output_dir": folder / name} | arguments)))
     finally:
         Accelerator.backward = backward
     assert all(kinds == {sharded} for kinds in shards)
@@ -116,18 +132,18 @@ def run_process(rank: int, folder: Path) -> None:
     configured = prepare_multi_gpu_env(launch_arguments("fsdp2", "--main_process_port", "0")[0])
     os.environ.update({name: value for name, value in configured.items() if name.startswith("FSDP_")})
     results = {}
+
+    def train_films(name: str, sharded: bool, **changes) -> None:
+        results[name] = train(rank, folder, name, sharded, "train_text_to_video", options(folder, **changes))
+
     for layout in LAYOUTS:
         sharded = layout == "sharded"
-        results[layout] = train(rank, folder, layout, sharded)
+        train_films(layout, sharded)
         if rank == 0:
             shutil.copytree(folder / layout / "checkpoint-2", folder / f"{layout}-resumed" / "checkpoint-2")
-        results[f"{layout}-resumed"] = train(
-            rank, folder, f"{layout}-resumed", sharded, resume_from_checkpoint="latest", num_validation_samples=0
-        )
+        train_films(f"{layout}-resumed", sharded, resume_from_checkpoint="latest", num_validation_samples=0)
         for precision in ("no", "bf16"):
-            results[f"{layout}-still-{precision}"] = train(
-                rank,
-                folder,
+            train_films(
                 f"{layout}-still-{precision}",
                 sharded,
                 learning_rate=0,
@@ -135,6 +151,11 @@ def run_process(rank: int, folder: Path) -> None:
                 num_validation_samples=0,
                 mixed_precision=precision,
             )
+    # What the guide says to the launcher of a backbone of sound.
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "MovieGenAudioTransformerBlock"
+    for layout in LAYOUTS:
+        name = f"{layout}-audio"
+        results[name] = train(rank, folder, name, layout == "sharded", "train_audio", audio_options(folder))
     (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
@@ -161,6 +182,23 @@ def test_sharded_weights_train_as_whole_ones_do(two_processes, folder):
         MovieGenPipeline.from_pretrained(folder / layout / "pipeline").transformer.state_dict() for layout in LAYOUTS
     )
     started = tiny_pipeline().transformer.state_dict()
+    for name in started:
+        torch.testing.assert_close(sharded[name], whole[name], rtol=1e-2, atol=1e-3)
+    assert any((started[name] - whole[name]).abs().max() > 1e-3 for name in started)
+
+
+def test_sharded_weights_of_sound_train_as_whole_ones_do(two_processes, folder):
+    for results in two_processes:
+        whole, sharded = (results[f"{layout}-audio"] for layout in LAYOUTS)
+        assert len(whole["losses"]) == 8
+        assert sharded["losses"] == pytest.approx(whole["losses"], rel=0, abs=1e-5)
+        for first, second in zip(whole["figures"], sharded["figures"], strict=True):
+            assert second["validation_loss"] == pytest.approx(first["validation_loss"], rel=0, abs=1e-5)
+    whole, sharded = (
+        MovieGenAudioTransformer1DModel.from_pretrained(folder / f"{layout}-audio/pipeline/transformer").state_dict()
+        for layout in LAYOUTS
+    )
+    started = tiny_audio_transformer().state_dict()
     for name in started:
         torch.testing.assert_close(sharded[name], whole[name], rtol=1e-2, atol=1e-3)
     assert any((started[name] - whole[name]).abs().max() > 1e-3 for name in started)

@@ -15,7 +15,6 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from safetensors.torch import load_file
 
 from diffusers_moviegen import (
-    AutoencoderDACVAE,
     FlowMatchMidpointScheduler,
     MovieGenAudioPipeline,
     MovieGenAudioTransformer1DModel,
@@ -32,7 +31,7 @@ from diffusers_moviegen.training import (
     validation_flow_loss,
 )
 from tests import tiny
-from tests.training_examples.caches import make_cache
+from tests.training_examples.caches import make_audio_cache, make_cache
 from tests.training_examples.scripts import EXAMPLES, ROOT, command_line, load_script, run, run_and_record_losses
 
 
@@ -43,18 +42,9 @@ def script():
 
 @pytest.fixture(scope="module")
 def frozen(tmp_path_factory):
-    """A pipeline folder with a backbone and a card, of the sampling rate and hop of the real one."""
-    torch.manual_seed(0)
-    vae = AutoencoderDACVAE(
-        encoder_hidden_size=2,
-        downsampling_ratios=(4, 8, 10, 6),
-        decoder_hidden_size=16,
-        latent_channels=6,
-        latents_mean=[0.0] * 6,
-        latents_std=[0.1] * 6,
-    )
+    """A pipeline folder with a backbone and a card."""
     folder = tmp_path_factory.mktemp("frozen") / "pipeline"
-    tiny.tiny_audio_pipeline(vae=vae.eval()).save_pretrained(folder)
+    tiny.tiny_audio_pipeline(vae=tiny.full_rate_audio_vae()).save_pretrained(folder)
     (folder / "README.md").write_text("The card of another model")
     return folder
 
@@ -62,11 +52,10 @@ def frozen(tmp_path_factory):
 @pytest.fixture(scope="module")
 def caches(frozen, tmp_path_factory):
     """Caches of sounds of two lengths and of held-out ones."""
-    folder, precompute = tmp_path_factory.mktemp("caches"), load_script("precompute_audio")
-    options = {"pipeline": frozen, "toybox": True, "frame_rates": 10}
-    run(precompute, output_dir=folder / "short", num_samples=8, film_seconds=0.4, other_films=1, **options)
-    run(precompute, output_dir=folder / "long", num_samples=4, film_seconds=0.6, seed=1, **options)
-    run(precompute, output_dir=folder / "held_out", num_samples=3, film_seconds=0.4, split="held_out", **options)
+    folder = tmp_path_factory.mktemp("caches")
+    make_audio_cache(folder / "short", frozen, num_samples=8, other_films=1)
+    make_audio_cache(folder / "long", frozen, film_seconds=0.6, seed=1)
+    make_audio_cache(folder / "held_out", frozen, num_samples=3, split="held_out")
     return folder
 
 
