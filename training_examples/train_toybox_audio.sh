@@ -64,7 +64,14 @@ backbone --transformer runs/audio/dit_b/pipeline --pipeline runs/audio/frozen --
 # wrong colours, so that a voice follows from the shape rather than from the motion and the background it was seen with
 precompute --pipeline runs/audio/frozen --output_dir runs/audio/cache/films_more --num_samples 12288 --seed 5 \
     --shape_weights star=2 --motion_weights bounces=4 grows=3 shrinks=3 spins=3 --colour_augmentation 0.6
-backbone --transformer runs/audio/dit/pipeline --pipeline runs/audio/frozen --seed 2 --max_train_steps 10500 \
-    --learning_rate 2.5e-3 --logit_mean -1.2 \
-    --data runs/audio/cache/films runs/audio/cache/films_more runs/audio/cache/windows \
-    --validation_data runs/audio/cache/heldout_films --output_dir runs/audio/dit_more
+voices() {
+    backbone --pipeline runs/audio/frozen --logit_mean -1.2 \
+        --data runs/audio/cache/films runs/audio/cache/films_more runs/audio/cache/windows \
+        --validation_data runs/audio/cache/heldout_films "$@"
+}
+voices --transformer runs/audio/dit/pipeline --seed 2 --max_train_steps 10500 --learning_rate 2.5e-3 \
+    --output_dir runs/audio/dit_more
+voices --transformer runs/audio/dit_more/pipeline --seed 3 --max_train_steps 2800 --learning_rate 1.5e-3 \
+    --output_dir runs/audio/dit_most
+python training_examples/average_checkpoints.py runs/audio/dit_more/pipeline runs/audio/dit_most/pipeline \
+    --output_dir runs/audio/toybox_audio
